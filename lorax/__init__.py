@@ -1,0 +1,36 @@
+"""LoRA for any JAX function.
+
+`trace` finds how a function uses its parameters, `Spec` says which of them get which method, `init` makes the
+trainable partition, and `adapt` evaluates the unchanged function with it. See the README for a first example.
+"""
+
+from lorax import interpret as _interpret  # noqa: F401  fills the rule tables
+from lorax.adapt import adapt, explain
+from lorax.adapter import Adapter, init, join, labels, mask, split
+from lorax.merge import merge, unmerge
+from lorax.methods import Full, LoRA, Method, register
+from lorax.sites import Site, Sites, trace
+from lorax.spec import Spec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "Full",
+    "LoRA",
+    "Method",
+    "Site",
+    "Sites",
+    "Spec",
+    "adapt",
+    "explain",
+    "init",
+    "join",
+    "labels",
+    "mask",
+    "merge",
+    "register",
+    "split",
+    "trace",
+    "unmerge",
+]

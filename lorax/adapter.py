@@ -1,0 +1,156 @@
+"""The adapter: the trainable partition of a model's parameters, and its views for optax."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax import paths
+from lorax.methods import Method
+from lorax.sites import Site, Sites
+from lorax.spec import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What an adapter is, apart from its arrays: every adapted site with its method, and the spec they came from."""
+
+    entries: tuple[tuple[Site, Method], ...]
+    spec: Spec
+
+    def __hash__(self) -> int:  # jit asks for it at every call
+        if "_hash" not in self.__dict__:
+            object.__setattr__(self, "_hash", hash((self.entries, self.spec)))
+        return self.__dict__["_hash"]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Plan) and hash(self) == hash(other) and self.entries == other.entries and self.spec == other.spec
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The trainable partition, a pytree.
+
+    Attributes:
+      params: `{leaf path: {array name: array}}`, what gets gradients.
+      state: likewise, what does not: scales, masks, frozen projections. `adapter.state[path]["scale"]` of LoRA is an
+        array, so that another alpha needs no compilation.
+      plan: static: sites, methods, spec.
+    """
+
+    params: Any
+    state: Any
+    plan: Plan = dataclasses.field(metadata={"static": True})
+
+    def replace(self, **changes: Any) -> Adapter:
+        """Return the adapter with new values, such as `adapter.replace(params=new)`."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def sites(self) -> Sites:
+        """The adapted sites."""
+        return Sites([site for site, _ in self.plan.entries])
+
+    @property
+    def methods(self) -> dict[str, Method]:
+        """The method of each adapted path."""
+        return {site.path: method for site, method in self.plan.entries}
+
+    @property
+    def spec(self) -> Spec:
+        """The spec that the adapter was made from."""
+        return self.plan.spec
+
+    def arrays(self, path: str) -> dict[str, Any]:
+        """Return all arrays of one site, trained and not."""
+        return {**self.params[path], **self.state[path]}
+
+
+def init(key: jax.Array, spec: Spec, sites: Sites, params: Any) -> Adapter:
+    """Make an adapter that does not change the function yet.
+
+    Pure and traceable: it works under `jit` with output shardings, under `eval_shape`, and with abstract `params`.
+
+    Args:
+      key: PRNG key; each site draws from a key of its own, by path, so that adding a site changes no other.
+      spec: which sites get which method.
+      sites: from `lorax.trace`.
+      params: the base, never changed; only `Full` and initialisers that read weights look at its values.
+
+    Returns:
+      The adapter; `adapted(params, adapter, x)` equals `fn(params, x)`.
+
+    Raises:
+      ValueError: a pattern selects nothing; `params` has other paths or shapes than `sites`.
+    """
+    chosen = spec.resolve(sites)
+    leaves = base_leaves(params, [sites[path] for path in chosen])
+    wide = [p for p, m in chosen.items() if getattr(m, "rank", 0) > min(sites[p].size("I"), sites[p].size("O"))]
+    if wide:
+        listed = ", ".join(f"{p} {sites[p].shape}" for p in wide)
+        warnings.warn(f"the rank is above the smaller side of {listed}: a full-rank update would be cheaper", stacklevel=2)
+    trained, fixed = {}, {}
+    for path, method in chosen.items():
+        site_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        trained[path], fixed[path] = method.init(site_key, sites[path], leaves[path])
+    return Adapter(trained, fixed, Plan(tuple((sites[p], m) for p, m in chosen.items()), spec))
+
+
+def base_leaves(params: Any, sites: list[Site]) -> dict[str, Any]:
+    """Return the base's leaves by path, after checking that the sites are there with the shapes they had.
+
+    Raises:
+      ValueError: a path is missing or a shape differs.
+    """
+    leaves, _ = paths.flatten(params)
+    for site in sites:
+        if site.path not in leaves:
+            near = ", ".join(paths.nearest(site.path, leaves)) or "the tree is empty"
+            raise ValueError(f"{site.path}: the params have no such leaf. Nearest: {near}. Were they made for another model?")
+        got = tuple(jnp.shape(leaves[site.path]))
+        if got != site.shape:
+            raise ValueError(
+                f"{site.path}: the params have shape {got}, the adapter was made for {site.shape}. "
+                "Trace the function with these params and make a new adapter"
+            )
+    return leaves
+
+
+def split(params: Any, adapter: Adapter) -> tuple[Any, Any]:
+    """Return the frozen and the trainable partition, two pytrees without a common leaf.
+
+    The trainable one is `adapter.params`: what optax sees and gradients are taken of.
+    """
+    return (params, adapter.replace(params=None)), adapter.params
+
+
+def join(frozen: Any, trainable: Any) -> tuple[Any, Adapter]:
+    """Undo `split`: return the params and the adapter."""
+    params, rest = frozen
+    return params, rest.replace(params=trainable)
+
+
+def mask(params: Any, adapter: Adapter) -> tuple[Any, Adapter]:
+    """Return a pytree of bools shaped like `(params, adapter)`, True where trained.
+
+    For a train state that keeps both in one tree, with `optax.masked` or `optax.freeze`.
+    """
+    fill = lambda tree, value: jax.tree.map(lambda _: value, tree)
+    trained = adapter.replace(params=fill(adapter.params, True), state=fill(adapter.state, False))
+    return fill(params, False), trained
+
+
+def labels(adapter: Adapter) -> Any:
+    """Return the name of every trained array, shaped like `adapter.params`: for `optax.multi_transform`.
+
+    LoRA's are `a` and `b`, `Full`'s is `value`.
+    """
+    return {path: {name: name for name in arrays} for path, arrays in adapter.params.items()}

@@ -1,0 +1,57 @@
+"""What an evaluation carries along: who is told of each use, and the key that dropout draws from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from lorax import compat
+
+LeafAxes = frozenset[tuple[str, int]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Use:
+    """One place where the traced function reads a weight.
+
+    `contracted`, `free` and `batch` are axes of the leaves, as (path, axis). `factored` is False where the dense
+    weight had to be built, and `reason` then says what for.
+    """
+
+    paths: tuple[str, ...]
+    kind: str
+    primitive: str
+    contracted: LeafAxes = frozenset()
+    free: LeafAxes = frozenset()
+    batch: LeafAxes = frozenset()
+    lookups: frozenset[tuple[str, int, bool]] = frozenset()
+    factored: bool = True
+    reason: str = ""
+
+
+class Context:
+    """The state of one evaluation of one jaxpr level."""
+
+    def __init__(self, record: Callable[[Use], None], key: Any = None) -> None:
+        self.record = record
+        self.key = key
+        self._drawn = 0
+
+    def inside(self, key: Any) -> Context:
+        """Return the context for the body of a control-flow construct."""
+        return Context(self.record, key)
+
+    def next_key(self) -> Any:
+        """Return a fresh key, or None when no `rng` was given."""
+        if self.key is None:
+            return None
+        self._drawn += 1
+        return jax.random.fold_in(self.key, self._drawn)
+
+    def bind(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """Run one equation as it stands on other values."""
+        of = {v: x for v, x in zip(eqn.invars, values, strict=True) if isinstance(v, compat.Var)}
+        return compat.evaluate_equations([eqn], list(of), eqn.outvars, list(of.values()))

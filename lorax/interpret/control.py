@@ -1,0 +1,211 @@
+"""Rules for control flow: re-enter the public function with the body evaluated on adapted weights.
+
+A weight passes through as the pytree of its arrays. What re-entry drops: the name, donation and input shardings of an
+inner jit (its body is evaluated in place; output shardings are kept as constraints).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from lorax import compat
+from lorax.interpret.context import Context
+from lorax.interpret.evaluate import densify, evaluate
+from lorax.interpret.weight import Factor, Term, Weight
+
+
+def jit(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Inner jit: evaluated in place, so that eager calls do not compile anew; its output shardings are kept."""
+    with jax.named_scope(eqn.params.get("name", "call")):
+        outs = evaluate(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), operands, ctx)
+    shardings = eqn.params.get("out_shardings", (None,) * len(outs))
+    return [
+        lax.with_sharding_constraint(x, s) if compat.is_specified(s) and not isinstance(x, Weight) else x
+        for x, s in zip(outs, shardings, strict=True)
+    ]
+
+
+def checkpoint(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Rematerialised body: the adapter's part is recomputed with it."""
+    body = lambda operands, key: evaluate(eqn.params["jaxpr"], operands, ctx.inside(key))
+    remat = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
+    return remat(list(operands), ctx.next_key())
+
+
+def _unmoved(jaxpr: Any, operands: Sequence[Any], first: int, count: int) -> list[bool]:
+    """Tell which carried weights the body hands on as they came."""
+    inner, _ = compat.open_jaxpr(jaxpr)
+    pairs = zip(operands, inner.invars[first : first + count], inner.outvars[:count], strict=True)
+    return [isinstance(x, Weight) and into is out for x, into, out in pairs]
+
+
+def scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Scan: a stacked weight is scanned array by array, those without the stacked axis are constants."""
+    jaxpr = eqn.params["jaxpr"]
+    n_consts, n_carry = compat.scan_arity(eqn.params)
+    consts, init, xs = operands[:n_consts], operands[n_consts : n_consts + n_carry], operands[n_consts + n_carry :]
+    fixed = _unmoved(jaxpr, init, n_consts, n_carry)
+    carried = [x if keep else densify(ctx, x, "scan's carry") for x, keep in zip(init, fixed, strict=True)]
+    sliced = [_leading(x) if isinstance(x, Weight) else (x, None) for x in xs]
+    length = eqn.params["length"]
+    key = ctx.next_key()
+    keys = None if key is None else jax.random.split(key, length)
+
+    def body(moving: list[Any], step: Any) -> Any:
+        arrays, key = step
+        it = iter(moving)
+        carry = [x if keep else next(it) for x, keep in zip(carried, fixed, strict=True)]
+        inner = ctx.inside(key)
+        layer = [_layer(a, spec) for a, (_, spec) in zip(arrays, sliced, strict=True)]
+        outs = evaluate(jaxpr, [*consts, *carry, *layer], inner)
+        moved = [densify(inner, x, "scan's carry") for x, keep in zip(outs[:n_carry], fixed, strict=True) if not keep]
+        return moved, [densify(inner, x, "scan's output") for x in outs[n_carry:]]
+
+    moving = [x for x, keep in zip(carried, fixed, strict=True) if not keep]
+    last, ys = lax.scan(
+        body,
+        moving,
+        ([arrays for arrays, _ in sliced], keys),
+        length=length,
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+    it = iter(last)
+    return [x if keep else next(it) for x, keep in zip(carried, fixed, strict=True)] + list(ys)
+
+
+def _leading(weight: Weight) -> tuple[list[Any], Weight]:
+    """Split a weight into the arrays to scan, stacked axis first, and the weight to put a layer's arrays into."""
+    arrays = []
+    for f in (f for t in weight.terms for f in t.factors):
+        if 0 in f.axes:
+            i = f.axes.index(0)
+            arrays.append(lax.transpose(f.array, [i, *(j for j in range(len(f.axes)) if j != i)]) if i else f.array)
+    return arrays, weight
+
+
+def _layer(arrays: Any, weight: Weight | None) -> Any:
+    """Put one layer's arrays into the weight, whose first axis is gone."""
+    if weight is None:
+        return arrays
+    it = iter(arrays)
+    lower = lambda axes: tuple(a - 1 if isinstance(a, int) else a for a in axes if a != 0)
+    factor = lambda f: Factor(next(it) if 0 in f.axes else f.array, lower(f.axes))
+    return dataclasses.replace(
+        weight,
+        terms=tuple(Term(tuple(factor(f) for f in t.factors), t.dropout) for t in weight.terms),
+        shape=weight.shape[1:],
+        origins=weight.origins[1:],
+    )
+
+
+def while_loop(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """While: weights that the body hands on unchanged are constants, others are built."""
+    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    cond_consts, body_consts, init = operands[:n_cond], operands[n_cond : n_cond + n_body], operands[n_cond + n_body :]
+    fixed = _unmoved(eqn.params["body_jaxpr"], init, n_body, len(init))
+    carried = [x if keep else densify(ctx, x, "while's carry") for x, keep in zip(init, fixed, strict=True)]
+    key = ctx.next_key()
+
+    def whole(moving: Sequence[Any]) -> list[Any]:
+        it = iter(moving)
+        return [x if keep else next(it) for x, keep in zip(carried, fixed, strict=True)]
+
+    def cond(state: Any) -> Any:
+        inner = ctx.inside(None)
+        return densify(inner, evaluate(eqn.params["cond_jaxpr"], [*cond_consts, *whole(state[0])], inner)[0], "while")
+
+    def body(state: Any) -> Any:
+        moving, key = state
+        key, here = (None, None) if key is None else jax.random.split(key)
+        inner = ctx.inside(here)
+        outs = evaluate(eqn.params["body_jaxpr"], [*body_consts, *whole(moving)], inner)
+        moved = [densify(inner, x, "while's carry") for x, keep in zip(outs, fixed, strict=True) if not keep]
+        return moved, key
+
+    moving = [x for x, keep in zip(carried, fixed, strict=True) if not keep]
+    last, _ = lax.while_loop(cond, body, (moving, key))
+    return whole(last)
+
+
+def cond(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Cond and switch: every branch gets the weights; what a branch returns is a plain array."""
+    index, *operands = operands
+    index = densify(ctx, index, "cond's index")
+
+    def branch(jaxpr: Any) -> Any:
+        def run(operands: list[Any], key: Any) -> list[Any]:
+            inner = ctx.inside(key)
+            return [densify(inner, x, "cond's output") for x in evaluate(jaxpr, operands, inner)]
+
+        return run
+
+    return lax.switch(index, [branch(j) for j in eqn.params["branches"]], list(operands), ctx.next_key())
+
+
+def custom_jvp(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """custom_jvp: the body is factored, and derivatives are the author's, taken at the dense weight."""
+    leaves, tree = jax.tree.flatten(list(operands))
+
+    @jax.custom_jvp
+    def call(leaves: list[Any]) -> list[Any]:
+        outs = evaluate(eqn.params["call_jaxpr"], jax.tree.unflatten(tree, leaves), ctx.inside(None))
+        return [densify(ctx, x, "custom_jvp's output") for x in outs]
+
+    def as_written(leaves: list[Any]) -> list[Any]:
+        silent = Context(lambda use: None)
+        return ctx.bind(eqn, [densify(silent, x, "custom_jvp") for x in jax.tree.unflatten(tree, leaves)])
+
+    @call.defjvp
+    def rule(primals: Any, tangents: Any) -> Any:
+        return jax.jvp(as_written, primals, tangents)
+
+    return call(leaves)
+
+
+def shard_map(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """shard_map: each of a weight's arrays is split as the axes that it spans are."""
+    params = eqn.params
+    axes = lambda spec, n: [*spec, *(None,) * (n - len(spec))]
+
+    def specs(x: Any, spec: Any) -> Any:
+        if not isinstance(x, Weight):
+            return spec
+        of = dict(enumerate(axes(spec, len(x.shape))))
+        return jax.tree.map(
+            lambda f: Factor(jax.P(*(of.get(a) for a in f.axes)), f.axes), x, is_leaf=lambda v: isinstance(v, Factor)
+        )
+
+    def local(x: Any) -> Any:
+        return dataclasses.replace(x, shape=x.base.shape) if isinstance(x, Weight) else x
+
+    def body(operands: list[Any], key: Any) -> list[Any]:
+        inner = ctx.inside(key)
+        outs = evaluate(params["jaxpr"], [local(x) for x in operands], inner)
+        return [densify(inner, x, "shard_map's output") for x in outs]
+
+    return jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=([specs(x, s) for x, s in zip(operands, params["in_specs"], strict=True)], jax.P()),
+        out_specs=list(params["out_specs"]),
+        axis_names=params["newly_manual_axes"],
+        check_vma=params["check_vma"],
+    )(list(operands), ctx.next_key())
+
+
+RULES: dict[Any, Any] = {
+    compat.jit_p: jit,
+    compat.closed_call_p: jit,
+    compat.remat_p: checkpoint,
+    compat.scan_p: scan,
+    compat.while_p: while_loop,
+    compat.cond_p: cond,
+    compat.custom_jvp_call_p: custom_jvp,
+    compat.shard_map_p: shard_map,
+}

@@ -1,0 +1,408 @@
+"""Rules for primitives that move a weight's axes or scale it: the weight stays a sum of products.
+
+The base array goes through the very equation that the plain function has; every other array goes through the same
+change restricted to the axes it spans. A rule returns NotImplemented where the change does not restrict, and the
+caller then continues with the dense weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lorax import compat
+from lorax.interpret.weight import Factor, Term, Weight, rebuild
+
+Rule = Callable[..., Any]
+RULES: dict[Any, Rule] = {}
+
+
+def _rule(*primitives: Any) -> Callable[[Rule], Rule]:
+    def add(rule: Rule) -> Rule:
+        for p in primitives:
+            if p is not None:
+                assert p not in RULES, p
+                RULES[p] = rule
+        return rule
+
+    return add
+
+
+class _Declined(Exception):  # noqa: N818  raised inside a factor's change, turned into NotImplemented
+    pass
+
+
+def _moved(
+    ctx: Any,
+    eqn: Any,
+    operands: Sequence[Any],
+    change: Callable[[Factor], Factor],
+    sources: Sequence[Sequence[int]],
+    **changes: Any,
+) -> Any:
+    """Apply an equation with one adapted operand: `sources` names the old axes each new axis comes from."""
+    (i,) = [i for i, x in enumerate(operands) if isinstance(x, Weight)]
+    weight = operands[i]
+    try:
+        partial = [change(f) for f in weight.partial_factors()]
+    except _Declined:
+        return NotImplemented
+    (base,) = ctx.bind(eqn, [*operands[:i], weight.base, *operands[i + 1 :]])
+    origins = tuple(frozenset().union(*(weight.origins[a] for a in old)) for old in sources)
+    return [rebuild(weight, base, partial, origins=origins, **changes)]
+
+
+def _relabelled(f: Factor, new_label: dict[int, int]) -> Factor:
+    """Rename weight axes; those that vanish have size one and are dropped."""
+    gone = [i for i, a in enumerate(f.axes) if isinstance(a, int) and a not in new_label]
+    array = lax.squeeze(f.array, gone) if gone else f.array
+    return Factor(array, tuple(new_label.get(a, a) for i, a in enumerate(f.axes) if i not in gone))
+
+
+def _along(f: Factor, changes: dict[int, Callable[[Any, int], Any]]) -> Factor:
+    """Change an array along each of the weight axes that it spans."""
+    array = f.array
+    for i, a in enumerate(f.axes):
+        if a in changes:
+            array = changes[a](array, i)
+    return Factor(array, f.axes)
+
+
+def _identity(n: int) -> list[tuple[int, ...]]:
+    return [(i,) for i in range(n)]
+
+
+@_rule(
+    compat.convert_element_type_p,
+    compat.copy_p,
+    compat.optimization_barrier_p,
+    compat.sharding_constraint_p,
+    compat.reshard_p,
+    compat.device_put_p,
+    compat.name_p,
+)
+def _keep(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    """Identity on values: only the base goes through; its new dtype is the one to compute in."""
+    if any(not jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.outvars):
+        return NotImplemented
+    outs = ctx.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
+    return [
+        rebuild(x, out, x.partial_factors()) if isinstance(x, Weight) else out
+        for x, out in zip(operands, outs, strict=True)
+    ]
+
+
+@_rule(compat.stop_gradient_p)
+def _stop_gradient(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    (weight,) = operands
+    return [jax.tree.map(lax.stop_gradient, weight)]
+
+
+@_rule(compat.transpose_p)
+def _transpose(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    perm = eqn.params["permutation"]
+    new = {old: i for i, old in enumerate(perm)}
+    return _moved(ctx, eqn, operands, lambda f: _relabelled(f, new), [(p,) for p in perm])
+
+
+@_rule(compat.squeeze_p)
+def _squeeze(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    n = len(operands[0].shape)
+    kept = [i for i in range(n) if i not in {d % n for d in eqn.params["dimensions"]}]
+    new = {old: i for i, old in enumerate(kept)}
+    return _moved(ctx, eqn, operands, lambda f: _relabelled(f, new), [(k,) for k in kept])
+
+
+@_rule(compat.broadcast_in_dim_p)
+def _broadcast_in_dim(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    if not isinstance(operands[0], Weight):
+        return NotImplemented
+    shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    new = {old: i for old, i in enumerate(dims) if operands[0].shape[old] == shape[i]}
+    sources = [tuple(old for old, j in enumerate(dims) if i == j) for i in range(len(shape))]
+    return _moved(ctx, eqn, operands, lambda f: _relabelled(f, new), sources)
+
+
+@_rule(compat.reshape_p)
+def _reshape(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    old, new = operands[0].shape, tuple(eqn.params["new_sizes"])
+    if eqn.params["dimensions"] is not None or 0 in old or len(operands) > 1:
+        return NotImplemented
+    parts = _reshape_groups(old, new)
+    sources: list[tuple[int, ...]] = [()] * len(new)
+    for a, b in parts:
+        for j in b:
+            sources[j] = tuple(i for i in a if old[i] > 1 or len(a) == 1) if new[j] > 1 or len(b) == 1 else ()
+
+    def change(f: Factor) -> Factor:
+        order: list[int] = []
+        sizes: list[int] = []
+        labels: list[Any] = []
+        for a, b in parts:
+            mine = [f.axes.index(i) for i in a if i in f.axes]
+            if {i for i in a if old[i] > 1} - set(f.axes):
+                if any(jnp.shape(f.array)[m] > 1 for m in mine):
+                    raise _Declined  # joins an axis that this array spans with one that it does not
+                order += mine
+            else:
+                order += mine
+                kept = [j for j in b if mine]
+                sizes += [new[j] for j in kept]
+                labels += kept
+        bonds = [i for i, label in enumerate(f.axes) if isinstance(label, str)]
+        array = lax.transpose(f.array, [*order, *bonds])
+        sizes += [jnp.shape(f.array)[i] for i in bonds]
+        return Factor(lax.reshape(array, sizes), (*labels, *(f.axes[i] for i in bonds)))
+
+    return _moved(ctx, eqn, operands, change, sources)
+
+
+def _reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Pair the smallest runs of old and new axes of equal size."""
+    groups, rest = [], (list(enumerate(old)), list(enumerate(new)))
+    while any(rest):
+        taken = [side.pop(0)] if (side := rest[0]) else [], [side.pop(0)] if (side := rest[1]) else []
+        while (p := math.prod(n for _, n in taken[0])) != (q := math.prod(n for _, n in taken[1])):
+            smaller = int(p > q)
+            taken[smaller].append(rest[smaller].pop(0))
+        groups.append(tuple([i for i, _ in side] for side in taken))
+    return groups
+
+
+@_rule(compat.slice_p)
+def _slice(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    (weight,) = operands
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(starts)
+    changes = {
+        i: (lambda x, ax, s=s, e=e, t=t: lax.slice_in_dim(x, s, e, t, ax))
+        for i, (s, e, t) in enumerate(zip(starts, limits, strides, strict=True))
+        if (s, e, t) != (0, weight.shape[i], 1)
+    }
+    return _moved(ctx, eqn, operands, lambda f: _along(f, changes), _identity(len(starts)))
+
+
+@_rule(compat.dynamic_slice_p)
+def _dynamic_slice(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    weight, *starts = operands
+    if not isinstance(weight, Weight):
+        return NotImplemented
+    sizes = eqn.params["slice_sizes"]
+    cut = [i for i, n in enumerate(sizes) if n != weight.shape[i]]
+    changes = {i: (lambda x, ax, s=starts[i], n=sizes[i]: lax.dynamic_slice_in_dim(x, s, n, ax)) for i in cut}
+    indexed = frozenset((*o, False) for i in cut if sizes[i] == 1 for o in weight.origins[i])
+    return _moved(
+        ctx,
+        eqn,
+        operands,
+        lambda f: _along(f, changes),
+        _identity(len(sizes)),
+        lookups=weight.lookups | indexed,
+    )
+
+
+@_rule(compat.rev_p)
+def _rev(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    changes = {d: (lambda x, ax: lax.rev(x, (ax,))) for d in eqn.params["dimensions"]}
+    return _moved(ctx, eqn, operands, lambda f: _along(f, changes), _identity(len(operands[0].shape)))
+
+
+def _pieces(ctx: Any, eqn: Any, weight: Weight, axis: int, sizes: Sequence[int], bases: Sequence[Any]) -> list[Weight]:
+    outs, start = [], 0
+    for base, n in zip(bases, sizes, strict=True):
+        changes = {axis: lambda x, ax, s=start, n=n: lax.slice_in_dim(x, s, s + n, axis=ax)}
+        outs.append(rebuild(weight, base, [_along(f, changes) for f in weight.partial_factors()]))
+        start += n
+    return outs
+
+
+@_rule(compat.split_p)
+def _split(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    (weight,) = operands
+    bases = ctx.bind(eqn, [weight.base])
+    return _pieces(ctx, eqn, weight, eqn.params["axis"], [int(n) for n in eqn.params["sizes"]], bases)
+
+
+@_rule(compat.unstack_p)
+def _unstack(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    (weight,) = operands
+    axis, n = eqn.params["axis"], len(weight.shape)
+    bases = [lax.expand_dims(b, (axis,)) for b in ctx.bind(eqn, [weight.base])]
+    thin = _pieces(ctx, eqn, weight, axis, [1] * len(bases), bases)
+    return [_without(w, axis) for w in thin] if n else NotImplemented
+
+
+def _without(weight: Weight, axis: int) -> Weight:
+    """Drop an axis of size one."""
+    kept = [i for i in range(len(weight.shape)) if i != axis]
+    new = {old: i for i, old in enumerate(kept)}
+    partial = [_relabelled(f, new) for f in weight.partial_factors()]
+    origins = tuple(weight.origins[i] for i in kept)
+    return rebuild(weight, lax.squeeze(weight.base, (axis,)), partial, origins=origins)
+
+
+@_rule(compat.mul_p, compat.div_p)
+def _scale(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    """Multiply by a scalar or by a vector along axes that one array of each product spans."""
+    w, v = operands
+    if isinstance(w, Weight) == isinstance(v, Weight) or (eqn.primitive is compat.div_p and isinstance(v, Weight)):
+        return NotImplemented
+    weight, v = (w, v) if isinstance(w, Weight) else (v, w)
+    (out,) = eqn.outvars
+    if out.aval.shape != weight.shape or not jnp.issubdtype(out.aval.dtype, jnp.floating):
+        return NotImplemented
+    axes = [i for i, n in enumerate(jnp.shape(v)) if n > 1]
+    op = lax.div if eqn.primitive is compat.div_p else lax.mul
+
+    def scaled(f: Factor) -> Factor:
+        order = sorted(range(len(axes)), key=lambda i: f.axes.index(axes[i]))
+        s = lax.transpose(jnp.reshape(v, [jnp.shape(v)[a] for a in axes]), order).astype(f.array.dtype)
+        where = [f.axes.index(axes[i]) for i in order]
+        return Factor(op(f.array, lax.broadcast_in_dim(s, jnp.shape(f.array), where)), f.axes)
+
+    terms = [Term((Factor(weight.base, weight.terms[0].factors[0].axes), *weight.terms[0].factors[1:]))]
+    for term in weight.terms[1:]:
+        fit = [i for i, f in enumerate(term.factors) if set(axes) <= set(f.axes)]
+        if not fit:
+            return NotImplemented
+        i = min(fit, key=lambda i: jnp.size(term.factors[i].array))
+        terms.append(Term((*term.factors[:i], scaled(term.factors[i]), *term.factors[i + 1 :]), term.dropout))
+    (base,) = ctx.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
+    partial = [f for t in terms for f in t.factors][1:]
+    return [rebuild(weight, base, partial)]
+
+
+@_rule(compat.neg_p)
+def _neg(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    (weight,) = operands
+    (base,) = ctx.bind(eqn, [weight.base])
+    partial = list(weight.partial_factors())
+    at = len(weight.terms[0].factors) - 1
+    for term in weight.terms[1:]:
+        partial[at] = Factor(-partial[at].array, partial[at].axes)
+        at += len(term.factors)
+    return [rebuild(weight, base, partial)]
+
+
+@_rule(compat.stack_p)
+def _stack(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    axis = eqn.params["axis"]
+    return _joined(ctx, eqn, [_with_axis(x, axis) for x in operands], operands, axis)
+
+
+def _with_axis(x: Any, axis: int) -> Any:
+    if not isinstance(x, Weight):
+        return lax.expand_dims(x, (axis,))
+    new = {i: i + (i >= axis) for i in range(len(x.shape))}
+    origins = (*x.origins[:axis], frozenset(), *x.origins[axis:])
+    partial = [_relabelled(f, new) for f in x.partial_factors()]
+    return rebuild(x, lax.expand_dims(x.base, (axis,)), partial, origins=origins)
+
+
+@_rule(compat.concatenate_p)
+def _concatenate(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    return _joined(ctx, eqn, operands, operands, eqn.params["dimension"])
+
+
+def _joined(ctx: Any, eqn: Any, parts: Sequence[Any], operands: Sequence[Any], axis: int) -> Any:
+    """Join weights along an axis: each product keeps to its own part, zero elsewhere.
+
+    A weight that is rescaled as a whole (more than one array in its first term) does not join others.
+    """
+    weights = [p for p in parts if isinstance(p, Weight)]
+    if any(len(w.terms[0].factors) > 1 for w in weights):
+        return NotImplemented
+    (base,) = ctx.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
+    terms, start, total = [], 0, jnp.shape(base)[axis]
+    for part in parts:
+        size = jnp.shape(part.base if isinstance(part, Weight) else part)[axis]
+        if isinstance(part, Weight):
+            for term in part.terms[1:]:
+                terms.append(_placed(term, axis, start, size, total))
+        start += size
+    n = len(jnp.shape(base))
+    return [
+        Weight(
+            (Term((Factor(base, tuple(range(n))),)), *terms),
+            tuple(jnp.shape(base)),
+            base.dtype,
+            tuple(frozenset().union(*(w.origins[i] for w in weights)) for i in range(n)),
+            tuple(dict.fromkeys(p for w in weights for p in w.paths)),
+            frozenset().union(*(w.lookups for w in weights)),
+        )
+    ]
+
+
+def _placed(term: Term, axis: int, start: int, size: int, total: int) -> Term:
+    """Extend one array of a product by zeros along an axis; the others span it unchanged or not at all."""
+    widths = (start, total - start - size, 0)
+
+    def padded(f: Factor) -> Factor:
+        config = [widths if a == axis else (0, 0, 0) for a in f.axes]
+        return Factor(lax.pad(f.array, jnp.zeros((), f.array.dtype), config), f.axes)
+
+    factors = list(term.factors)
+    if not any(axis in f.axes for f in factors):  # constant along the axis
+        i = min(range(len(factors)), key=lambda i: jnp.size(factors[i].array))
+        shape = (size, *jnp.shape(factors[i].array))
+        factors[i] = Factor(jnp.broadcast_to(factors[i].array, shape), (axis, *factors[i].axes))
+    return Term(tuple(padded(f) if axis in f.axes else f for f in factors), term.dropout)
+
+
+@_rule(compat.gather_p)
+def _gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    """Look up rows, or pick a layer or an expert: each array is indexed along those of the axes that it spans.
+
+    The result still is a product: `W[i] + s·A[i]·B`. Read by anything but another layout rule or a use, it is the
+    embedding lookup, whose dense form has an activation's size.
+    """
+    weight, indices = operands
+    if not isinstance(weight, Weight) or isinstance(indices, Weight):
+        return NotImplemented
+    numbers = eqn.params["dimension_numbers"]
+    sizes = eqn.params["slice_sizes"]
+    n_out = len(eqn.outvars[0].aval.shape)
+    offsets = list(numbers.offset_dims)
+    batch = [i for i in range(n_out) if i not in offsets]
+    hidden = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    windows = dict(zip([i for i in range(len(weight.shape)) if i not in hidden], offsets, strict=True))
+    batching = dict(zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True))
+    indexed = [a for a in numbers.start_index_map if weight.shape[a] > 1]
+    if any(sizes[a] != weight.shape[a] for a in windows if a not in indexed):
+        return NotImplemented
+
+    def change(f: Factor) -> Factor:
+        mine = [a for a in numbers.start_index_map if a in f.axes]
+        lots = [a for a in batching if a in f.axes]
+        if not mine and not lots:
+            return _relabelled(f, windows)
+        window = [i for i, a in enumerate(f.axes) if a not in hidden]
+        columns = [numbers.start_index_map.index(a) for a in mine]
+        picked = jnp.take(indices, jnp.asarray(columns, "int32"), axis=-1) if len(mine) < len(numbers.start_index_map) else indices
+        out_axes = [*batch, *(windows.get(f.axes[i], f.axes[i]) for i in window)]
+        out = lax.gather(
+            f.array,
+            picked,
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(len(batch), len(out_axes))),
+                collapsed_slice_dims=tuple(i for i, a in enumerate(f.axes) if a in numbers.collapsed_slice_dims),
+                start_index_map=tuple(f.axes.index(a) for a in mine),
+                operand_batching_dims=tuple(f.axes.index(a) for a in lots),
+                start_indices_batching_dims=tuple(batching[a] for a in lots),
+            ),
+            tuple(sizes[a] if isinstance(a, int) else n for a, n in zip(f.axes, jnp.shape(f.array), strict=True)),
+            mode=eqn.params["mode"],
+            fill_value=0,  # beyond the table the base alone says what comes out
+        )
+        return Factor(out, tuple(out_axes))
+
+    sources: list[tuple[int, ...]] = [()] * n_out
+    for old, new in windows.items():
+        sources[new] = (old,)
+    looked_up = frozenset((*o, bool(batch)) for a in indexed if sizes[a] == 1 for o in weight.origins[a])
+    return _moved(ctx, eqn, operands, change, sources, lookups=weight.lookups | looked_up)

@@ -1,0 +1,271 @@
+"""Rules for products with a weight: the base product as it was, plus thin products with the other arrays.
+
+`y = x·W + ((x·A)·s)·B` for dot_general with the weight on either side, any contracted and batch axes; convolution;
+ragged_dot. Autodiff of the chain associates rank-first by itself (`dB = (x·A)ᵀ·dy`, `dA = xᵀ·(dy·Bᵀ)`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lorax import compat
+from lorax.interpret.context import Context, Use
+from lorax.interpret.evaluate import densify
+from lorax.interpret.weight import Factor, Term, Weight, absorb, arrange, dense
+
+RULES: dict[Any, Any] = {}
+
+
+def _compute_dtype(weight: Weight, x: Any) -> Any:
+    """The dtype of the thin products: the weight's own after the function's casts; never below 16 bits."""
+    dtype = jnp.dtype(weight.dtype)
+    return dtype if dtype.itemsize >= 2 else jnp.promote_types(x.dtype, jnp.bfloat16)
+
+
+def _cast(f: Factor, dtype: Any) -> Factor:
+    return Factor(f.array.astype(dtype), f.axes)
+
+
+def _origins(weight: Weight, axes: Sequence[int]) -> frozenset[tuple[str, int]]:
+    return frozenset().union(*(weight.origins[a] for a in axes))
+
+
+def _record(
+    ctx: Context, eqn: Any, kind: str, weight: Weight, contracted: Any, free: Any, batch: Any, reason: str = ""
+) -> None:
+    ctx.record(
+        Use(
+            paths=weight.paths,
+            kind=kind,
+            primitive=str(eqn.primitive),
+            contracted=_origins(weight, contracted),
+            free=_origins(weight, free),
+            batch=_origins(weight, batch),
+            factored=not reason,
+            reason=reason,
+        )
+    )
+
+
+def _entering(ctx: Context, x: Any, term: Term) -> Any:
+    """The activation that enters a product, with the method's dropout when an `rng` was given."""
+    key = ctx.next_key() if term.dropout else None
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - term.dropout, x.shape)
+    return jnp.where(keep, x / (1.0 - term.dropout), jnp.zeros((), x.dtype)).astype(x.dtype)
+
+
+def _activation(ctx: Context, x: Any, contracted: Sequence[int], batch: Sequence[int], eqn: Any) -> Any:
+    """Turn rows that were looked up, or a vector, into the activation they are; a picked expert still is a weight."""
+    if not isinstance(x, Weight) or not x.lookups:
+        return x
+    free = [a for a in range(len(x.shape)) if a not in (*contracted, *batch)]
+    return x if _origins(x, contracted) and _origins(x, free) else densify(ctx, x, str(eqn.primitive))
+
+
+def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
+    """`dot_general` with the weight as either operand; a product of two weights takes both dense."""
+    contract, batch = eqn.params["dimension_numbers"]
+    operands = [_activation(ctx, x, contract[i], batch[i], eqn) for i, x in enumerate(operands)]
+    sides = [i for i, x in enumerate(operands) if isinstance(x, Weight)]
+    for side in sides:
+        weight = operands[side]
+        w_contract, w_batch = tuple(contract[side]), tuple(batch[side])
+        w_free = [a for a in range(len(weight.shape)) if a not in (*w_contract, *w_batch)]
+        reason = "" if len(sides) == 1 else "a product of two parameters"
+        _record(ctx, eqn, "linear", weight, w_contract, w_free, w_batch, reason)
+    if len(sides) != 1:
+        return ctx.bind(eqn, [dense(x) if isinstance(x, Weight) else x for x in operands])
+    (side,) = sides
+    weight, x = operands[side], operands[1 - side]
+    x_contract, x_batch = tuple(contract[1 - side]), tuple(batch[1 - side])
+
+    labels: list[Any] = [("x", i) for i in range(jnp.ndim(x))]
+    for mine, its in ((w_contract, x_contract), (w_batch, x_batch)):
+        for a, i in zip(mine, its, strict=True):
+            labels[i] = a
+    x_free = [label for label in labels if isinstance(label, tuple)]
+    wanted = [*w_batch, *(w_free if side == 0 else x_free), *(x_free if side == 0 else w_free)]
+    (out,) = eqn.outvars
+    dtype = _compute_dtype(weight, x)
+    precision = eqn.params["precision"]
+    if isinstance(precision, tuple) and side == 0:
+        precision = precision[::-1]
+
+    (y,) = ctx.bind(eqn, [weight.base if i == side else x for i in range(2)])
+    specs = _label_specs(weight, x, labels, y, wanted)
+    for i, term in enumerate(weight.terms):
+        if i == 0:
+            z, z_axes, factors = y, tuple(wanted), term.factors[1:]
+            gains = [f for f in factors if not any(a in w_contract for a in f.axes)]
+            if len(gains) < len(factors):  # a scale along contracted axes belongs on the activation
+                scaled, _ = absorb(x, labels, [_cast(f, dtype) for f in factors if f not in gains], ())
+                (z,) = ctx.bind(eqn, [weight.base if i == side else scaled for i in range(2)])
+            z, z_axes = absorb(z, z_axes, [_cast(f, z.dtype) for f in gains], (), specs=specs)
+        else:
+            entering = _entering(ctx, x.astype(dtype), term)
+            factors = [_cast(f, dtype) for f in term.factors]
+            z, z_axes = absorb(entering, labels, factors, w_contract, precision=precision, specs=specs)
+        z = arrange(z, z_axes, wanted, out.aval.shape).astype(out.aval.dtype)
+        if specs is not None:
+            z = jax.sharding.reshard(z, jax.typeof(y).sharding)
+        y = z if i == 0 else y + z
+    return [y]
+
+
+def _label_specs(weight: Weight, x: Any, labels: Sequence[Any], y: Any, wanted: Sequence[Any]) -> Any:
+    """Mesh axes of every label where shardings are part of types: an axis is split as it is on x, y or the base."""
+    mesh = compat.explicit_mesh(x, weight.base, y)
+    if mesh is None:
+        return None
+    spec = lambda array, names: dict(zip(names, jax.typeof(array).sharding.spec, strict=True))
+    return {"mesh": mesh, **spec(weight.base, range(len(weight.shape))), **spec(y, wanted), **spec(x, labels)}
+
+
+def convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
+    """`conv_general_dilated`: a convolution to `rank` channels, then a product over the rank.
+
+    In a grouped convolution `A` is shared by the groups and `B` is each group's own.
+    """
+    x, weight = operands
+    params = eqn.params
+    if not isinstance(weight, Weight) or isinstance(x, Weight) or params["batch_group_count"] != 1:
+        return NotImplemented
+    numbers = params["dimension_numbers"]
+    groups = params["feature_group_count"]
+    out_axis, in_axis, *spatial = numbers.rhs_spec
+    contracted = (in_axis, *spatial)
+    sized = {a for a in contracted if weight.shape[a] > 1}
+    feature = numbers.out_spec[1]
+    dtype = _compute_dtype(weight, x)
+    (out,) = eqn.outvars
+    for term in weight.terms[1:]:
+        if not any(_convolves(f, sized, out_axis) for f in term.factors):
+            return NotImplemented
+    if any(set(f.axes) - {out_axis} for f in weight.terms[0].factors[1:]):
+        return NotImplemented
+    _record(ctx, eqn, "conv", weight, contracted, (out_axis,), ())
+
+    (y,) = ctx.bind(eqn, [x, weight.base])
+    for f in weight.terms[0].factors[1:]:
+        gain = f.array.astype(y.dtype)
+        y = y * (gain if not f.axes else lax.broadcast_in_dim(gain, y.shape, (feature,)))
+    for term in weight.terms[1:]:
+        first = next(f for f in term.factors if _convolves(f, sized, out_axis))
+        rest = [f for f in term.factors if f is not first]
+        bonds = [a for a in first.axes if isinstance(a, str)]
+        channels = [jnp.shape(first.array)[first.axes.index(b)] for b in bonds]
+        one = arrange(first.array, first.axes, [*contracted, *bonds], [*(weight.shape[a] for a in contracted), *channels])
+        one = lax.reshape(one, [*one.shape[: len(contracted)], -1 if not channels else _product(channels)])
+        one = jnp.tile(one, [1] * len(contracted) + [groups]).astype(dtype)
+        kernel = lax.transpose(one, [[*contracted, out_axis].index(a) for a in range(len(weight.shape))])
+        h = lax.conv_general_dilated(
+            _entering(ctx, x.astype(dtype), term),
+            kernel,
+            params["window_strides"],
+            params["padding"],
+            params["lhs_dilation"],
+            params["rhs_dilation"],
+            numbers,
+            feature_group_count=groups,
+            precision=params["precision"],
+        )
+        h = lax.reshape(h, [*h.shape[:feature], groups, *channels, *h.shape[feature + 1 :]])
+        labels = [*(("x", i) for i in range(feature)), "group", *bonds, *(("x", i) for i in range(feature, h.ndim))]
+        labels = labels[: h.ndim]
+        z, z_axes = absorb(h, [("g",) if a == "group" else a for a in labels], _grouped(rest, out_axis, groups, dtype), ())
+        per_group = weight.shape[out_axis] // groups
+        free = [a for a in labels if isinstance(a, tuple)]
+        wanted = [*free[:feature], ("g",), out_axis, *free[feature:]]
+        shape = [*out.aval.shape[:feature], groups, per_group, *out.aval.shape[feature + 1 :]]
+        y = y + lax.reshape(arrange(z, z_axes, wanted, shape), out.aval.shape).astype(y.dtype)
+    return [y]
+
+
+def _product(sizes: Sequence[int]) -> int:
+    total = 1
+    for n in sizes:
+        total *= n
+    return total
+
+
+def _convolves(f: Factor, sized: set[int], out_axis: int) -> bool:
+    return sized <= set(f.axes) and out_axis not in f.axes
+
+
+def _grouped(factors: Sequence[Factor], out_axis: int, groups: int, dtype: Any) -> list[Factor]:
+    """Split the output channels of each array into groups and channels of a group."""
+    split = []
+    for f in factors:
+        array, axes = f.array.astype(dtype), f.axes
+        if out_axis in axes:
+            i = axes.index(out_axis)
+            n = array.shape[i]
+            array = lax.reshape(array, [*array.shape[:i], groups, n // groups, *array.shape[i + 1 :]])
+            axes = (*axes[:i], ("g",), out_axis, *axes[i + 1 :])
+        split.append(Factor(array, axes))
+    return split
+
+
+def ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
+    """`ragged_dot`, one weight a group of rows: two ragged products of the rank's width."""
+    x, weight, sizes = operands
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    ((x_contract, w_contract), (x_batch, _)) = numbers.dot_dimension_numbers
+    groups = tuple(numbers.rhs_group_dimensions)
+    if not isinstance(weight, Weight) or isinstance(x, Weight) or x_batch or len(weight.shape) != 3 or len(groups) != 1:
+        return NotImplemented
+    (g,), (k,) = groups, w_contract
+    (n,) = {0, 1, 2} - {g, k}
+    dtype = _compute_dtype(weight, x)
+    _record(ctx, eqn, "grouped", weight, (k,), (n,), (g,))
+    (y,) = ctx.bind(eqn, [x, weight.base, sizes])
+    out_dtype = y.dtype
+
+    def step(x: Any, axis: int, f: Factor, enters: Any, leaves: Any) -> Any:
+        order = [f.axes.index(a) for a in (g, enters, leaves)]
+        return lax.ragged_dot_general(
+            x,
+            lax.transpose(f.array.astype(dtype), order),
+            sizes,
+            lax.RaggedDotDimensionNumbers(
+                dot_dimension_numbers=(((axis,), (1,)), ((), ())),
+                lhs_ragged_dimensions=numbers.lhs_ragged_dimensions,
+                rhs_group_dimensions=(0,),
+            ),
+            precision=eqn.params["precision"],
+        )
+
+    if len(weight.terms[0].factors) > 1:
+        return NotImplemented
+    for term in weight.terms[1:]:
+        scalars = [f for f in term.factors if not f.axes]
+        thin = [f for f in term.factors if f.axes]
+        shapes = [tuple(sorted((a for a in f.axes if isinstance(a, int)))) for f in thin]
+        if len(thin) != 2 or sorted(shapes) != sorted([tuple(sorted((g, k))), tuple(sorted((g, n)))]):
+            return NotImplemented
+        a, b = thin if k in thin[0].axes else thin[::-1]
+        (bond,) = [label for label in a.axes if isinstance(label, str)]
+        entering = _entering(ctx, x.astype(dtype), term)
+        if x_contract[0] != x.ndim - 1:
+            return NotImplemented
+        h = step(entering, x_contract[0], a, k, bond)
+        for s in scalars:
+            h = h * s.array.astype(dtype)
+        y = y + step(h, h.ndim - 1, b, bond, n).astype(out_dtype)
+    return [y]
+
+
+RULES.update(
+    {
+        compat.dot_general_p: dot_general,
+        compat.conv_general_dilated_p: convolution,
+        compat.ragged_dot_p: ragged_dot,
+    }
+)
