@@ -4,9 +4,11 @@
 trainable partition, and `adapt` evaluates the unchanged function with it. See the README for a first example.
 """
 
+from lorax import checkpoint
 from lorax import interpret as _interpret  # noqa: F401  fills the rule tables
 from lorax.adapt import adapt, explain
 from lorax.adapter import Adapter, init, join, labels, mask, split
+from lorax.checkpoint import restore, save
 from lorax.merge import merge, unmerge
 from lorax.methods import Full, LoRA, Method, register
 from lorax.sites import Site, Sites, trace
@@ -23,6 +25,7 @@ __all__ = [
     "Sites",
     "Spec",
     "adapt",
+    "checkpoint",
     "explain",
     "init",
     "join",
@@ -30,6 +33,8 @@ __all__ = [
     "mask",
     "merge",
     "register",
+    "restore",
+    "save",
     "split",
     "trace",
     "unmerge",
