@@ -54,8 +54,7 @@ def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]
 
     @functools.wraps(fn)
     def adapted(params: Any, adapter: Adapter, *args: Any, rng: Any = None, **kwargs: Any) -> Any:
-        base_leaves(params, list(adapter.sites))
-        staged = stage(fn, params, args, kwargs)
+        staged = stage(fn, base_leaves(params, adapter.sites), args, kwargs)
         if strict:
             built = [row for row in _rows(staged, adapter) if row.how == "materialised"]
             if built:
@@ -79,8 +78,7 @@ def explain(fn: Callable[..., Any], params: Any, adapter: Adapter, *args: Any, *
     Returns:
       A row a site with `.path`, `.how` (`factored` or `materialised`) and `.reason`.
     """
-    base_leaves(params, list(adapter.sites))
-    return _rows(stage(fn, params, args, kwargs), adapter)
+    return _rows(stage(fn, base_leaves(params, adapter.sites), args, kwargs), adapter)
 
 
 def _run(staged: Staged, leaves: Mapping[str, Any], adapter: Adapter, args: Sequence[Any], ctx: Context) -> list[Any]:

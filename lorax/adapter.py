@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -92,7 +93,7 @@ def init(key: jax.Array, spec: Spec, sites: Sites, params: Any) -> Adapter:
       ValueError: a pattern selects nothing; `params` has other paths or shapes than `sites`.
     """
     chosen = spec.resolve(sites)
-    leaves = base_leaves(params, [sites[path] for path in chosen])
+    leaves, _ = base_leaves(params, [sites[path] for path in chosen])
     wide = [p for p, m in chosen.items() if getattr(m, "rank", 0) > min(sites[p].size("I"), sites[p].size("O"))]
     if wide:
         listed = ", ".join(f"{p} {sites[p].shape}" for p in wide)
@@ -104,13 +105,13 @@ def init(key: jax.Array, spec: Spec, sites: Sites, params: Any) -> Adapter:
     return Adapter(trained, fixed, Plan(tuple((sites[p], m) for p, m in chosen.items()), spec))
 
 
-def base_leaves(params: Any, sites: list[Site]) -> dict[str, Any]:
-    """Return the base's leaves by path, after checking that the sites are there with the shapes they had.
+def base_leaves(params: Any, sites: Iterable[Site]) -> tuple[dict[str, Any], Any]:
+    """Return the base's leaves by path and its structure, after checking the sites' presence and shapes.
 
     Raises:
       ValueError: a path is missing or a shape differs.
     """
-    leaves, _ = paths.flatten(params)
+    leaves, tree = paths.flatten(params)
     for site in sites:
         if site.path not in leaves:
             near = ", ".join(paths.nearest(site.path, leaves)) or "the tree is empty"
@@ -121,7 +122,7 @@ def base_leaves(params: Any, sites: list[Site]) -> dict[str, Any]:
                 f"{site.path}: the params have shape {got}, the adapter was made for {site.shape}. "
                 "Trace the function with these params and make a new adapter"
             )
-    return leaves
+    return leaves, tree
 
 
 def split(params: Any, adapter: Adapter) -> tuple[Any, Any]:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import paths
 from lorax.adapter import Adapter, base_leaves
 from lorax.interpret.weight import dense, rebuild
 
@@ -28,11 +27,11 @@ def merge(params: Any, adapter: Adapter) -> Any:
     Raises:
       ValueError: the adapter belongs to other params, or holds a number that is not finite.
     """
-    leaves = base_leaves(params, list(adapter.sites))
+    leaves, tree = base_leaves(params, adapter.sites)
     _refuse_non_finite(adapter)
     for site, method in adapter.plan.entries:
         leaves[site.path] = dense(method.leaf(site, leaves[site.path], adapter.arrays(site.path)))
-    return _rebuilt(params, leaves)
+    return jax.tree.unflatten(tree, list(leaves.values()))
 
 
 def unmerge(merged: Any, adapter: Adapter) -> Any:
@@ -44,7 +43,7 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
     Raises:
       ValueError: the adapter belongs to other params, or one of its methods has no inverse.
     """
-    leaves = base_leaves(merged, list(adapter.sites))
+    leaves, tree = base_leaves(merged, adapter.sites)
     _refuse_non_finite(adapter)
     weights = {
         site.path: method.leaf(site, leaves[site.path], adapter.arrays(site.path)) for site, method in adapter.plan.entries
@@ -62,11 +61,6 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
             ones = rebuild(weight, jnp.ones_like(zero.base), weight.partial_factors())
             base = base / (dense(ones) - dense(zero))
         leaves[path] = base.astype(leaves[path].dtype)
-    return _rebuilt(merged, leaves)
-
-
-def _rebuilt(params: Any, leaves: dict[str, Any]) -> Any:
-    _, tree = paths.flatten(params)
     return jax.tree.unflatten(tree, list(leaves.values()))
 
 

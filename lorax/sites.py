@@ -145,7 +145,7 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sit
     down  linear  16×4   float32  [0]     [1]      []     1
     up    linear  4×16   float32  [0]     [1]      []     1
     """
-    staged = stage(fn, params, args, kwargs)
+    staged = stage(fn, paths.flatten(params), args, kwargs)
     seen: dict[Use, None] = {}
 
     def run(leaves: dict[str, Any], args: Sequence[Any]) -> list[Any]:

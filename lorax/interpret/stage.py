@@ -21,9 +21,14 @@ class Staged:
     finish: Callable[[Sequence[Any]], Any]  # flat array outputs -> what the function returns
 
 
-def stage(fn: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Staged:
-    """Trace `fn(params, *args, **kwargs)` abstractly; Python values among the arguments stay what they are."""
-    named, tree = paths.flatten(params)
+def stage(
+    fn: Callable[..., Any], flat_params: tuple[dict[str, Any], Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Staged:
+    """Trace `fn(params, *args, **kwargs)` abstractly; Python values among the arguments stay what they are.
+
+    `flat_params` is what `paths.flatten` makes of the params.
+    """
+    named, tree = flat_params
     arg_leaves, arg_tree = jax.tree.flatten((tuple(args), dict(kwargs)))
     leaves = [*named.values(), *arg_leaves]
     dynamic = [paths.is_array(x) for x in leaves]

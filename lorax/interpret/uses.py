@@ -16,7 +16,7 @@ from jax import lax
 from lorax import compat
 from lorax.interpret.context import Context, Use
 from lorax.interpret.evaluate import densify
-from lorax.interpret.weight import Factor, Term, Weight, absorb, arrange, dense
+from lorax.interpret.weight import Factor, Term, Weight, absorb, arrange, cast, dense
 
 RULES: dict[Any, Any] = {}
 
@@ -28,7 +28,7 @@ def _compute_dtype(weight: Weight, x: Any) -> Any:
 
 
 def _cast(f: Factor, dtype: Any) -> Factor:
-    return Factor(f.array.astype(dtype), f.axes)
+    return f if f.array.dtype == dtype else Factor(cast(f.array, dtype), f.axes)
 
 
 def _origins(weight: Weight, axes: Sequence[int]) -> frozenset[tuple[str, int]]:
@@ -100,22 +100,25 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
 
     (y,) = ctx.bind(eqn, [weight.base if i == side else x for i in range(2)])
     specs = _label_specs(weight, x, labels, y, wanted)
+    entering = cast(x, dtype)
     for i, term in enumerate(weight.terms):
+        factors = [_cast(f, dtype) for f in term.factors]
         if i == 0:
-            z, z_axes, factors = y, tuple(wanted), term.factors[1:]
-            gains = [f for f in factors if not any(a in w_contract for a in f.axes)]
-            if len(gains) < len(factors):  # a scale along contracted axes belongs on the activation
-                scaled, _ = absorb(x, labels, [_cast(f, dtype) for f in factors if f not in gains], ())
+            z, z_axes = y, tuple(wanted)
+            gains = [f for f in factors[1:] if not any(a in w_contract for a in f.axes)]
+            inner = [f for f in factors[1:] if f not in gains]
+            if inner:  # a scale along contracted axes belongs on the activation
+                scaled = cast(absorb(entering, labels, inner, ())[0], x.dtype)
                 (z,) = ctx.bind(eqn, [weight.base if i == side else scaled for i in range(2)])
-            z, z_axes = absorb(z, z_axes, [_cast(f, z.dtype) for f in gains], (), specs=specs)
+            if gains:
+                z, z_axes = absorb(z, z_axes, [_cast(f, z.dtype) for f in gains], (), specs=specs)
         else:
-            entering = _entering(ctx, x.astype(dtype), term)
-            factors = [_cast(f, dtype) for f in term.factors]
-            z, z_axes = absorb(entering, labels, factors, w_contract, precision=precision, specs=specs)
-        z = arrange(z, z_axes, wanted, out.aval.shape).astype(out.aval.dtype)
+            dropped = _entering(ctx, entering, term)
+            z, z_axes = absorb(dropped, labels, factors, w_contract, precision=precision, specs=specs)
+        z = cast(arrange(z, z_axes, wanted, out.aval.shape), y.dtype)
         if specs is not None:
             z = jax.sharding.reshard(z, jax.typeof(y).sharding)
-        y = z if i == 0 else y + z
+        y = z if i == 0 else lax.add(y, z)
     return [y]
 
 

@@ -13,6 +13,7 @@ axis of an activation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -118,7 +119,7 @@ def leaf_weight(path: str, base: Any, expression: Expression) -> Weight:
     head = sorted(terms[0].factors, key=lambda f: f.axes != axes)
     if head[0].axes != axes:
         raise ValueError(f"{path}: the method's weight has no term that contains the base weight")
-    head[0] = Factor(head[0].array.astype(base.dtype), axes)
+    head[0] = Factor(cast(head[0].array, base.dtype), axes)
     return Weight(
         (Term(tuple(head), terms[0].dropout), *terms[1:]),
         tuple(jnp.shape(base)),
@@ -156,8 +157,12 @@ def multiply(
     if all(a in x_axes and a not in summed for a in f.axes):  # a scalar or a scale along existing axes
         order = sorted(range(len(f.axes)), key=lambda i: x_axes.index(f.axes[i]))
         where = [x_axes.index(f.axes[i]) for i in order]
-        scale = lax.expand_dims(lax.transpose(f.array, order), [i for i in range(len(x_axes)) if i not in where])
-        return x * _laid_out(scale, x_axes, specs), tuple(x_axes)
+        if specs is not None:
+            f = Factor(_laid_out(f.array, f.axes, specs), f.axes)
+        scale = cast(lax.transpose(f.array, order) if order != sorted(order) else f.array, x.dtype)
+        if f.axes:
+            scale = lax.expand_dims(scale, [i for i in range(len(x_axes)) if i not in where])
+        return lax.mul(x, scale), tuple(x_axes)
     shared = [a for a in x_axes if a in f.axes]
     contract = [a for a in shared if a in summed]
     batch = [a for a in shared if a not in summed]
@@ -173,10 +178,15 @@ def multiply(
         f.array,
         ((index(x_axes, contract), index(f.axes, contract)), (index(x_axes, batch), index(f.axes, batch))),
         precision=precision,
-        preferred_element_type=jnp.result_type(x, f.array),
+        preferred_element_type=x.dtype,
         out_sharding=sharding,
     )
     return out, out_axes
+
+
+def cast(x: Any, dtype: Any) -> Any:
+    """Convert an array's dtype, without an equation where there is nothing to do."""
+    return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
 
 
 def absorb(
@@ -225,12 +235,14 @@ def dense(weight: Weight) -> Any:
     for term in weight.terms:
         first = max(term.factors, key=lambda f: len(f.axes))
         rest = sorted((f for f in term.factors if f is not first), key=lambda f: len(f.axes))  # scalars first
-        start = first.array if specs is None else _laid_out(first.array, first.axes, specs)
+        dtype = functools.reduce(jnp.promote_types, [f.array.dtype for f in term.factors])
+        start = cast(first.array if specs is None else _laid_out(first.array, first.axes, specs), dtype)
+        rest = [Factor(cast(f.array, dtype), f.axes) for f in rest]
         x, x_axes = absorb(start, first.axes, rest, (), precision=lax.Precision.HIGHEST, specs=specs)
         x = arrange(x, x_axes, wanted, weight.shape)
         total = x if total is None else total + x
     assert total is not None
-    return total.astype(weight.dtype)
+    return cast(total, weight.dtype)
 
 
 def _specs(weight: Weight) -> dict[Label, Any]:

@@ -1,0 +1,1 @@
+"""Jobs, studies and benchmarks built on lorax, which never imports from here."""

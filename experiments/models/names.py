@@ -1,0 +1,114 @@
+"""Where each parameter of the decoder lives in Hugging Face and GGUF checkpoints: one table.
+
+The loaders read it to fill the parameters; an exchange of adapters reads the same rows (`Model.peft_names`)
+to name a site's factors and to lay them out.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from experiments.models.llama import LlamaConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModuleName:
+    """One row: a leaf of the parameters and the module it is in other stacks.
+
+    Args:
+        module: module path in Hugging Face Llama models; `{layer}` stands for the index on the leading axis.
+        gguf: name of the tensor in GGUF files, without `.weight`.
+        kind: "linear" (stored there as out x in, so transposed), "embedding" (rows x width) or "norm".
+        fan_in: how many of the leaf's axes, after the layer axis, are fan-in; the rest are fan-out. Other
+            stacks hold each group flattened.
+        rotary: whether GGUF stores the output rows interleaved for rotary positions.
+    """
+
+    module: str
+    gguf: str
+    kind: str
+    fan_in: int = 1
+    rotary: bool = False
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the leaf's leading axis runs over layers."""
+        return "{layer}" in self.module
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the other stack stores the weight as out x in."""
+        return self.kind == "linear"
+
+    def to_leaf(self, weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Turns a module's weight into one layer of the leaf.
+
+        Args:
+            weight: as Hugging Face stores it: out x in, rows x width, or a vector.
+            shape: of the leaf, without the layer axis.
+
+        Returns:
+            A view of `weight` where possible.
+
+        Raises:
+            ValueError: if the weight's shape is not what `shape` flattens to.
+        """
+        wanted = self.weight_shape(shape)
+        if weight.shape != wanted:
+            raise ValueError(f"{self.module}.weight has shape {weight.shape}, the config asks for {wanted}")
+        return (weight.T if self.transposed else weight).reshape(shape)
+
+    def from_leaf(self, leaf: np.ndarray) -> np.ndarray:
+        """Inverse of `to_leaf`."""
+        if not self.transposed:
+            return leaf
+        return leaf.reshape(math.prod(leaf.shape[: self.fan_in]), -1).T
+
+    def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the Hugging Face weight for a leaf of `shape` (without the layer axis)."""
+        if not self.transposed:
+            return shape
+        return (math.prod(shape[self.fan_in :]), math.prod(shape[: self.fan_in]))
+
+
+NAMES = {
+    "embed/embedding": ModuleName(module="model.embed_tokens", gguf="token_embd", kind="embedding"),
+    "layers/attn_norm/scale": ModuleName(
+        module="model.layers.{layer}.input_layernorm", gguf="blk.{layer}.attn_norm", kind="norm"
+    ),
+    "layers/attn/query/kernel": ModuleName(
+        module="model.layers.{layer}.self_attn.q_proj", gguf="blk.{layer}.attn_q", kind="linear", rotary=True
+    ),
+    "layers/attn/key/kernel": ModuleName(
+        module="model.layers.{layer}.self_attn.k_proj", gguf="blk.{layer}.attn_k", kind="linear", rotary=True
+    ),
+    "layers/attn/value/kernel": ModuleName(
+        module="model.layers.{layer}.self_attn.v_proj", gguf="blk.{layer}.attn_v", kind="linear"
+    ),
+    "layers/attn/out/kernel": ModuleName(
+        module="model.layers.{layer}.self_attn.o_proj",
+        gguf="blk.{layer}.attn_output",
+        kind="linear",
+        fan_in=2,
+    ),
+    "layers/mlp_norm/scale": ModuleName(
+        module="model.layers.{layer}.post_attention_layernorm", gguf="blk.{layer}.ffn_norm", kind="norm"
+    ),
+    "layers/mlp/gate/kernel": ModuleName(
+        module="model.layers.{layer}.mlp.gate_proj", gguf="blk.{layer}.ffn_gate", kind="linear"
+    ),
+    "layers/mlp/up/kernel": ModuleName(
+        module="model.layers.{layer}.mlp.up_proj", gguf="blk.{layer}.ffn_up", kind="linear"
+    ),
+    "layers/mlp/down/kernel": ModuleName(
+        module="model.layers.{layer}.mlp.down_proj", gguf="blk.{layer}.ffn_down", kind="linear"
+    ),
+    "final_norm/scale": ModuleName(module="model.norm", gguf="output_norm", kind="norm"),
+    "head/kernel": ModuleName(module="lm_head", gguf="output", kind="linear"),
+}
+
+
+def names_for(config: LlamaConfig) -> dict[str, ModuleName]:
+    """The rows that a decoder of this config has: all, or all but the head if it is tied."""
+    return {path: name for path, name in NAMES.items() if not (config.tied and path == "head/kernel")}

@@ -1,0 +1,180 @@
+"""A whole run: evaluate, train, evaluate again, save, merge and report.
+
+Each part is done once, however often the run is killed and started again.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+from ml_collections import config_dict
+from tqdm import tqdm
+
+import lorax
+from experiments import data
+from experiments.report import page
+from experiments.training import evaluation, loop, preparation, result, settings, step, task
+from experiments.training.evaluation import Evaluator
+from experiments.training.run_directory import RunDirectory, environment
+from experiments.training.stopping import StopSignals
+
+MERGE_CHECK_EXAMPLES = 4
+
+_merge = jax.jit(lorax.merge)
+
+
+def finetune(config: config_dict.ConfigDict, *, command: str, stop: StopSignals) -> dict[str, Any]:
+    """Do what `config` says in `config.run_dir`, or what is left of it to do.
+
+    Args:
+        config: the settings.
+        command: what was typed, for the report.
+        stop: installed signal handlers.
+
+    Returns:
+        The contents of `result.json`.
+
+    Raises:
+        ValueError: for wrong settings or data, before any training.
+        NonFiniteLossError: an update was not finite; the last good state is saved.
+        Stopped: by a signal; the state is saved.
+    """
+    settings.check(config)
+    directory = RunDirectory(config)
+    with directory.locked():
+        found = directory.read("result.json")
+        if found and found["status"] == "finished":
+            print(
+                f"{directory.path}: finished before; to train again, delete it or give another --config.run_dir"
+            )
+            outcome = found
+        else:
+            model = preparation.model_name(config.model)
+            directory.write("environment.json", environment(config, command=command, model=model))
+            try:
+                outcome = _run(config, directory, stop)
+            except loop.NonFiniteLossError as error:
+                directory.write("result.json", {"status": f"stopped: step {error.step} was not finite"})
+                page.write(directory.path)
+                raise
+            directory.write("result.json", outcome)
+        print(f"report: {page.write(directory.path)}")
+    return outcome
+
+
+def _run(config: config_dict.ConfigDict, directory: RunDirectory, stop: StopSignals) -> dict[str, Any]:
+    started = time.perf_counter()
+    samples = task.load(config)
+    model = preparation.load_model(config.model)
+    tokenizer = model.tokenizer
+    assert tokenizer is not None  # load_model
+    params = jax.device_put(model.params)
+    layout = preparation.batch_layout(config)
+    encoded = data.encode_samples(samples.train, tokenizer, max_positions=layout.max_positions)
+    batches = data.Batches(encoded.examples, layout, seed=config.seed, pad_id=tokenizer.pad_id)
+    facts = samples.facts | _describe_training_data(encoded, layout)
+
+    loss = step.summed_loss(model)
+    example = next(batches.one_epoch())
+    adapter = preparation.make_adapter(config, loss, params, example)
+    directory.write("sites.json", {"sites": preparation.describe_sites(loss, params, adapter, example)})
+    loaded = time.perf_counter() - started
+
+    generation = {name: config.evaluation[name] for name in ("max_new_tokens", "batch_size")}
+    test = Evaluator(model, loss, samples.test, layout, **generation)
+    validation = Evaluator(model, loss, samples.validation, layout, **generation)
+
+    def watch(at_step: int, current: lorax.Adapter) -> dict[str, Any]:
+        count = config.evaluation.progress_examples
+        answers = validation.answers(_merge(params, current), count)
+        return _watched(directory, at_step, answers, validation.loss(_merge(params, current), count))
+
+    before = _evaluate_once(directory, "before", test, params, config)
+    trained = loop.train(config, directory, params, adapter, loss, batches, watch=watch, stop=stop)
+    merged = _merge(params, trained.adapter)
+    after = _evaluate_once(directory, "after", test, merged, config)
+
+    print("saving the adapter, and comparing it merged and not")
+    path = directory.path / "adapter"
+    adapter = result.save_adapter(
+        path, trained.adapter, params, {"name": config.name, "steps": config.train.steps}
+    )
+    held_out = data.Batches(
+        test.encoded[:MERGE_CHECK_EXAMPLES], layout, pad_id=tokenizer.pad_id, shuffle=False
+    )
+    merge_check = result.compare_merged(model, params, adapter, merged, next(held_out))
+    directory.write("budget.json", result.budget(params, adapter, trained.opt_state_bytes, directory.path))
+    answered = before["answers"], after["answers"]
+    loss_before, loss_after = before["loss"], after["loss"]
+    return {
+        "status": "finished",
+        "name": config.name,
+        "evaluation": {
+            "examples": len(answered[0]),
+            "measures": evaluation.compare(*answered, seed=config.seed),
+            "loss": loss_before | {"before": loss_before["loss"], "after": loss_after["loss"]},
+            "samples": [answer["id"] for answer in answered[0][: config.evaluation.samples]],
+        },
+        "training": {
+            "steps": trained.last["step"],
+            "tokens": trained.last["tokens"],
+            "seconds": trained.last["elapsed_s"],
+            "loss": trained.last["loss"],
+        },
+        "merge_check": merge_check,
+        "data": facts,
+        "seconds": {
+            "loading": loaded,
+            "evaluation before": before["seconds"],
+            "training": trained.last["elapsed_s"],
+            "evaluation after": after["seconds"],
+        },
+        "peak_memory_bytes": result.peak_memory_bytes(),
+    }
+
+
+def _describe_training_data(encoded: data.Encodings, layout: data.Packed | data.Bucketed) -> dict[str, str]:
+    tokens = sum(example.positions for example in encoded.examples)
+    count = len(encoded.examples)
+    facts = {"Training examples": f"{count:,}, of {tokens / count:.0f} tokens on average"}
+    if encoded.overlong:
+        longest = max(overlong.positions for overlong in encoded.overlong)
+        facts["Left out"] = (
+            f"{len(encoded.overlong):,} examples of more than {layout.max_positions} tokens (up to {longest:,})"
+        )
+        print(f"left out {facts['Left out']}; config.data.row_tokens sets the limit")
+    return facts
+
+
+def _evaluate_once(
+    directory: RunDirectory, when: str, evaluator: Evaluator, params: Any, config: config_dict.ConfigDict
+) -> dict[str, Any]:
+    """Evaluate, or return what an earlier process of this run found."""
+    name = f"evaluation/{when}.json"
+    found = directory.read(name)
+    if found is not None:
+        return found
+    started = time.perf_counter()
+    print(f"answering {min(config.evaluation.examples, evaluator.count)} held-out examples ({when} training)")
+    answers = evaluator.answers(params, config.evaluation.examples)
+    found = {
+        "loss": evaluator.loss(params, config.evaluation.loss_examples),
+        "answers": [dataclasses.asdict(answer) for answer in answers],
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    rates = ", ".join(f"{key} {100 * rate:.1f} %" for key, rate in evaluation.rates(found["answers"]).items())
+    print(f"{when} training: held-out loss {found['loss']['loss']:.4f}{', ' if rates else ''}{rates}")
+    directory.write(name, found)
+    return found
+
+
+def _watched(
+    directory: RunDirectory, at_step: int, answers: list[evaluation.Answer], loss: dict[str, float]
+) -> dict[str, Any]:
+    """Keep the answers given at a step, show one, and return the numbers for the log."""
+    rows = [dataclasses.asdict(answer) for answer in answers]
+    directory.write(f"evaluation/step_{at_step:06d}.json", {"loss": loss, "answers": rows})
+    if rows:
+        tqdm.write(f"step {at_step}: {rows[0]['question']!r} -> {rows[0]['answer']!r}")
+    return {"heldout_loss": loss["loss"], "answered": len(rows), **evaluation.rates(rows)}

@@ -1,0 +1,132 @@
+"""The loss of a batch, and one jitted update of an adapter by it.
+
+Axes: A parts of a batch, B rows, T positions of a row, K loss positions of a row, D width, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import lorax
+from experiments.data import Batch, gather_loss_positions
+from experiments.models import Model
+
+LossFn = Callable[[Any, dict[str, Any]], jax.Array]
+MODEL_INPUTS = ("tokens", "positions", "segment_ids", "loss_positions", "loss_targets", "loss_weights")
+
+
+def summed_loss(model: Model) -> LossFn:
+    """Return `(params, batch) -> summed loss`: the cross-entropy of the answer tokens, in nats, float32.
+
+    Logits are computed at the K loss positions of a row only: an answer is a few tokens of a long row, and
+    the head is the widest product of a small model.
+    """
+
+    def loss(params: Any, batch: dict[str, Any]) -> jax.Array:
+        hidden_BxTxD = model.apply(
+            params,
+            batch["tokens"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            logits=False,
+        )
+        logits_BxKxV = model.unembed(params, gather_loss_positions(hidden_BxTxD, batch["loss_positions"]))
+        nats_BxK = optax.softmax_cross_entropy_with_integer_labels(logits_BxKxV, batch["loss_targets"])
+        return jnp.sum(nats_BxK * batch["loss_weights"])
+
+    return loss
+
+
+class TrainState(NamedTuple):
+    """What an update changes.
+
+    `halted` is set by the first update whose loss or gradient is not finite. That update and all after it
+    leave everything else as it is, so the state stays the last good one although the host learns of it an
+    update later.
+    """
+
+    adapter: lorax.Adapter
+    opt_state: optax.OptState
+    halted: jax.Array
+
+
+class StepOutput(NamedTuple):
+    """Numbers of an update: mean loss in nats an answer token, norm of its gradient before clipping."""
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+
+
+TrainStep = Callable[[Any, TrainState, dict[str, Any], jax.Array | None], tuple[TrainState, StepOutput]]
+
+
+def train_step(loss: LossFn, optimiser: optax.GradientTransformation) -> TrainStep:
+    """Return the jitted update `(params, state, parts, rng) -> (state, output)`.
+
+    `params` is an argument, so frozen weights are no constants of the program, and it is not differentiated;
+    `state` is donated. `parts` is a batch with a leading axis A (`split_batch`): the gradients of the parts
+    are added up one after the other before the one update, so the result is that of the whole batch at the
+    memory of a part. `rng` draws the dropout; None turns it off.
+    """
+    adapted = lorax.adapt(loss)
+
+    @functools.partial(jax.jit, donate_argnames="state")
+    def step(
+        params: Any, state: TrainState, parts: dict[str, Any], rng: jax.Array | None
+    ) -> tuple[TrainState, StepOutput]:
+        adapter = state.adapter
+
+        def part_loss(trainable: Any, part: dict[str, Any], part_rng: jax.Array | None) -> jax.Array:
+            dropout = {} if part_rng is None else {"rng": part_rng}
+            return adapted(params, adapter.replace(params=trainable), part, **dropout)
+
+        def add_part(total: Any, inputs: tuple[dict[str, Any], jax.Array | None]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(part_loss)(adapter.params, *inputs)), None
+
+        count = parts["tokens"].shape[0]
+        rngs = None if rng is None else jax.random.split(rng, count)
+        if count == 1:
+            first = jax.tree.map(lambda x: x[0], (parts, rngs))
+            summed, gradient = jax.value_and_grad(part_loss)(adapter.params, *first)
+        else:
+            nothing = jax.tree.map(jnp.zeros_like, adapter.params)
+            (summed, gradient), _ = jax.lax.scan(add_part, (jnp.float32(0), nothing), (parts, rngs))
+        answer_tokens = jnp.sum(parts["loss_weights"])
+        gradient = jax.tree.map(lambda g: g / answer_tokens.astype(g.dtype), gradient)
+        output = StepOutput(summed / answer_tokens, optax.global_norm(gradient))
+        updates, opt_state = optimiser.update(gradient, state.opt_state, adapter.params)
+        halted = state.halted | ~(jnp.isfinite(output.loss) & jnp.isfinite(output.gradient_norm))
+
+        def unless_halted(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(halted, old, new)
+
+        trained = jax.tree.map(unless_halted, optax.apply_updates(adapter.params, updates), adapter.params)
+        opt_state = jax.tree.map(unless_halted, opt_state, state.opt_state)
+        return TrainState(adapter.replace(params=trained), opt_state, halted), output
+
+    return step
+
+
+def split_batch(batch: Batch, parts: int) -> dict[str, np.ndarray]:
+    """Return the arrays that the loss reads, each (B, …) as (A, B / A, …).
+
+    Raises:
+        ValueError: if the rows do not divide into `parts`.
+    """
+    rows = batch["tokens"].shape[0]
+    if rows % parts:
+        raise ValueError(
+            f"a batch of {rows} rows of {batch['tokens'].shape[1]} tokens does not divide into "
+            f"config.train.accumulate = {parts} parts; change that, config.train.rows or the row lengths"
+        )
+    return {name: batch[name].reshape(parts, rows // parts, *batch[name].shape[1:]) for name in MODEL_INPUTS}
+
+
+def loss_inputs(batch: Batch) -> dict[str, np.ndarray]:
+    """Return the arrays of a batch that the loss reads."""
+    return {name: batch[name] for name in MODEL_INPUTS}

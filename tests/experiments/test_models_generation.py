@@ -1,0 +1,128 @@
+"""Cached, padded, batched generation against one full forward pass a token."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lorax
+from experiments import models
+from experiments.models import generation
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "peft"
+SAME_TOL = 1e-5
+
+
+@pytest.fixture(scope="module")
+def model() -> models.Model:
+    """The reference base with its weights enlarged, so that what it says depends on the whole prompt."""
+    base = models.load(GOLDEN / "base")
+    bigger = jax.tree.map(lambda w: w * 4 if w.ndim > 2 else w, base.params)
+    return dataclasses.replace(base, params=bigger)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(3, 128, size=n).tolist() for n in (5, 1, 20, 16, 9, 17, 3)]
+
+
+def greedy(apply, params, prompt, new) -> list[int]:
+    """One uncached pass for each token, on a row of fixed width: causal, so what follows does not matter."""
+    tokens = list(prompt)
+    for _ in range(new):
+        row = np.zeros((1, 48), np.int32)
+        row[0, : len(tokens)] = tokens
+        tokens.append(int(jnp.argmax(apply(params, row)[0, len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_equals_full_forward_passes(model, prompts, batch_size):
+    apply = jax.jit(model.apply)
+    want = [greedy(apply, model.params, prompt, 6) for prompt in prompts]
+    got = model.generate(model.params, prompts, max_new_tokens=6, batch_size=batch_size)
+    assert got == want
+    assert len({tuple(answer) for answer in want}) == len(prompts)  # the answers depend on the prompts
+
+
+def test_common_prefix_is_read_once_and_changes_nothing(model, prompts):
+    shared = np.random.default_rng(1).integers(3, 128, size=19).tolist()
+    with_prefix = [shared + prompt for prompt in prompts if len(prompt) < 18]
+    assert generation._common_prefix(with_prefix) == shared[:16]
+    apply = jax.jit(model.apply)
+    want = [greedy(apply, model.params, prompt, 4) for prompt in with_prefix]
+    assert model.generate(model.params, with_prefix, max_new_tokens=4, batch_size=4) == want
+
+
+def test_common_prefix_leaves_every_prompt_a_token():
+    assert generation._common_prefix([[1] * 32, [1] * 32]) == [1] * 16
+    assert generation._common_prefix([[1] * 33, [1] * 40]) == [1] * 32
+    assert generation._common_prefix([[1] * 33]) == []
+    assert generation._common_prefix([[1] * 33, [2] * 33]) == []
+
+
+def test_stop_tokens_end_a_row_and_are_not_returned(model, prompts):
+    free = model.generate(model.params, prompts, max_new_tokens=6)
+    stop = free[0][2]
+    cut = model.generate(model.params, prompts, max_new_tokens=6, stop_ids=[stop])
+    assert cut[0] == free[0][: free[0].index(stop)]
+    for short, long in zip(cut, free, strict=True):
+        assert short == (long[: long.index(stop)] if stop in long else long)
+
+
+def test_step_logits_equal_the_full_forward(model, prompts):
+    step = generation.cached_step(model.config, None)
+    tokens = np.asarray([prompts[2]])
+    cache = models.llama.empty_cache(model.config, 1, 24)
+    visible = jnp.ones((1, 24), bool)
+    logits, cache = step(model.params, cache, tokens[:, :12], jnp.arange(12)[None], visible, 0)
+    full = model.apply(model.params, tokens)
+    np.testing.assert_allclose(logits, full[:, 11], atol=SAME_TOL, rtol=SAME_TOL)
+    logits, _ = step(model.params, cache, tokens[:, 12:], jnp.arange(12, 20)[None], visible, 12)
+    np.testing.assert_allclose(logits, full[:, 19], atol=SAME_TOL, rtol=SAME_TOL)
+
+
+def adapt_step(step):
+    return lambda pair, *args: lorax.adapt(step, strict=True)(*pair, *args)
+
+
+def test_unmerged_adapter_says_what_the_merged_weights_say(model, prompts):
+    sites = lorax.trace(model.apply, model.params, np.zeros((1, 4), np.int32))
+    spec = lorax.Spec({r"layers/.*kernel": lorax.LoRA(rank=4, alpha=8)})
+    adapter = lorax.init(jax.random.key(0), spec, sites, model.params)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    noisy = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), adapter.params)
+    adapter = adapter.replace(params=noisy)
+    merged = model.generate(lorax.merge(model.params, adapter), prompts, max_new_tokens=5)
+    unmerged = model.generate((model.params, adapter), prompts, max_new_tokens=5, transform=adapt_step)
+    assert unmerged == merged
+    assert merged != model.generate(model.params, prompts, max_new_tokens=5)
+
+
+def test_one_program_serves_all_batches_of_a_bucket(model):
+    traced = []
+
+    def count_traces(step):
+        return lambda *args: (traced.append(args[2].shape), step(*args))[1]
+
+    rng = np.random.default_rng(2)
+    few = [rng.integers(3, 128, size=length).tolist() for length in (3, 7, 15, 16, 2)]
+    model.generate(model.params, few[:2], max_new_tokens=2, batch_size=2, transform=count_traces)
+    first = len(traced)
+    model.generate(model.params, few, max_new_tokens=2, batch_size=2, transform=count_traces)
+    assert len(traced) == first
+    assert set(traced) == {(2, 16), (2, 1)}
+
+
+def test_wrong_requests_are_refused(model):
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        model.generate(model.params, [[1], []], max_new_tokens=2)
+    with pytest.raises(ValueError, match="prompt 0 has 60 tokens"):
+        model.generate(model.params, [[1] * 60], max_new_tokens=5)
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        model.generate(model.params, [[1]], max_new_tokens=0)
+    assert model.generate(model.params, [], max_new_tokens=2) == []
