@@ -82,6 +82,26 @@ shard_map_p = _find_shard_map_p()
 reshard_p = _find_reshard_p()
 
 
+# Those that hold no function, whose parameters can be bound as they are.
+FIRST_ORDER = frozenset(
+    {
+        dot_general_p,
+        conv_general_dilated_p,
+        gather_p,
+        ragged_dot_p,
+        transpose_p,
+        reshape_p,
+        squeeze_p,
+        broadcast_in_dim_p,
+        slice_p,
+        dynamic_slice_p,
+        convert_element_type_p,
+        mul_p,
+        div_p,
+    }
+)
+
+
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """Return the equations and the constants of an open or closed jaxpr (one class since JAX 0.12)."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)

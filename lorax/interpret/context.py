@@ -39,6 +39,13 @@ class Context:
         self.record = record
         self.key = key
         self._drawn = 0
+        self._made: dict[Any, tuple[Any, Any]] = {}
+
+    def once(self, name: Any, of: Any, make: Callable[[], Any]) -> Any:
+        """Return what was made of a value under this name before, or make it: for sites that read one activation."""
+        if (name, id(of)) not in self._made:
+            self._made[name, id(of)] = of, make()  # holds on to the value, so that its id stays its own
+        return self._made[name, id(of)][1]
 
     def inside(self, key: Any) -> Context:
         """Return the context for the body of a control-flow construct."""
@@ -53,5 +60,8 @@ class Context:
 
     def bind(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
         """Run one equation as it stands on other values."""
+        if eqn.primitive in compat.FIRST_ORDER:
+            out = eqn.primitive.bind(*values, **eqn.params)
+            return list(out) if eqn.primitive.multiple_results else [out]
         of = {v: x for v, x in zip(eqn.invars, values, strict=True) if isinstance(v, compat.Var)}
         return compat.evaluate_equations([eqn], list(of), eqn.outvars, list(of.values()))

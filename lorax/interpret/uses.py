@@ -1,11 +1,13 @@
 """Rules for products with a weight: the base product as it was, plus thin products with the other arrays.
 
 `y = x·W + ((x·A)·s)·B` for dot_general with the weight on either side, any contracted and batch axes; convolution;
-ragged_dot. Autodiff of the chain associates rank-first by itself (`dB = (x·A)ᵀ·dy`, `dA = xᵀ·(dy·Bᵀ)`).
+ragged_dot. The backward pass is autodiff's of this chain, which associates rank-first by itself, so that forward mode,
+`vmap`, `remat` and higher derivatives need nothing more.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,7 +102,8 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
 
     (y,) = ctx.bind(eqn, [weight.base if i == side else x for i in range(2)])
     specs = _label_specs(weight, x, labels, y, wanted)
-    entering = cast(x, dtype)
+    thin, thin_labels, thin_wanted = (x, labels, wanted) if specs else _as_rows(ctx, x, labels, wanted)
+    thin = cast(thin, dtype)
     for i, term in enumerate(weight.terms):
         factors = [_cast(f, dtype) for f in term.factors]
         if i == 0:
@@ -108,18 +111,39 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
             gains = [f for f in factors[1:] if not any(a in w_contract for a in f.axes)]
             inner = [f for f in factors[1:] if f not in gains]
             if inner:  # a scale along contracted axes belongs on the activation
-                scaled = cast(absorb(entering, labels, inner, ())[0], x.dtype)
+                scaled = cast(absorb(cast(x, dtype), labels, inner, ())[0], x.dtype)
                 (z,) = ctx.bind(eqn, [weight.base if i == side else scaled for i in range(2)])
             if gains:
                 z, z_axes = absorb(z, z_axes, [_cast(f, z.dtype) for f in gains], (), specs=specs)
+            z = arrange(z, z_axes, wanted, out.aval.shape)
         else:
-            dropped = _entering(ctx, entering, term)
-            z, z_axes = absorb(dropped, labels, factors, w_contract, precision=precision, specs=specs)
-        z = cast(arrange(z, z_axes, wanted, out.aval.shape), y.dtype)
+            z, z_axes = absorb(
+                _entering(ctx, thin, term), thin_labels, factors, w_contract, precision=precision, specs=specs
+            )
+            sizes = {**dict(enumerate(weight.shape)), **dict(zip(z_axes, z.shape, strict=True))}
+            z = arrange(z, z_axes, thin_wanted, [sizes[a] for a in thin_wanted])
+            z = z if z.shape == out.aval.shape else lax.reshape(z, out.aval.shape)
+        z = cast(z, y.dtype)
         if specs is not None:
             z = jax.sharding.reshard(z, jax.typeof(y).sharding)
         y = z if i == 0 else lax.add(y, z)
     return [y]
+
+
+def _as_rows(ctx: Context, x: Any, labels: Sequence[Any], wanted: Sequence[Any]) -> tuple[Any, list[Any], list[Any]]:
+    """Join an activation's free axes into rows for the thin products.
+
+    Autodiff then gives `dA = xᵀ·(dy·Bᵀ)` and `dB = (x·A)ᵀ·dy` as products of matrices. Over several axes XLA first
+    transposes `x` and `dy`: a fifth of a decoder's step on a CPU, see experiments/bench/backward_forms.py.
+    """
+    free = [i for i, a in enumerate(labels) if isinstance(a, tuple)]
+    if len(free) < 2 or free[-1] - free[0] != len(free) - 1:
+        return x, list(labels), list(wanted)
+    first, last = free[0], free[-1] + 1
+    shape = (*x.shape[:first], math.prod(x.shape[first:last]), *x.shape[last:])
+    rows = ctx.once(("rows", first, last), x, lambda: lax.reshape(x, shape))
+    kept = lambda axes: [("rows",) if a == labels[first] else a for a in axes if a not in labels[first + 1 : last]]
+    return rows, kept(labels), kept(wanted)
 
 
 def _label_specs(weight: Weight, x: Any, labels: Sequence[Any], y: Any, wanted: Sequence[Any]) -> Any:
@@ -165,7 +189,7 @@ def convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
         bonds = [a for a in first.axes if isinstance(a, str)]
         channels = [jnp.shape(first.array)[first.axes.index(b)] for b in bonds]
         one = arrange(first.array, first.axes, [*contracted, *bonds], [*(weight.shape[a] for a in contracted), *channels])
-        one = lax.reshape(one, [*one.shape[: len(contracted)], -1 if not channels else _product(channels)])
+        one = lax.reshape(one, [*one.shape[: len(contracted)], math.prod(channels)])
         one = jnp.tile(one, [1] * len(contracted) + [groups]).astype(dtype)
         kernel = lax.transpose(one, [[*contracted, out_axis].index(a) for a in range(len(weight.shape))])
         h = lax.conv_general_dilated(
@@ -189,13 +213,6 @@ def convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
         shape = [*out.aval.shape[:feature], groups, per_group, *out.aval.shape[feature + 1 :]]
         y = y + lax.reshape(arrange(z, z_axes, wanted, shape), out.aval.shape).astype(y.dtype)
     return [y]
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for n in sizes:
-        total *= n
-    return total
 
 
 def _convolves(f: Factor, sized: set[int], out_axis: int) -> bool:
