@@ -13,8 +13,7 @@ from lorax.merge import merge, unmerge
 from lorax.methods import Full, LoRA, Method, register
 from lorax.sites import Site, Sites, trace
 from lorax.spec import Spec
-
-__version__ = "0.1.0"
+from lorax.version import __version__
 
 __all__ = [
     "Adapter",
@@ -38,4 +37,5 @@ __all__ = [
     "split",
     "trace",
     "unmerge",
+    "__version__",
 ]

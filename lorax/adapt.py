@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -60,7 +60,7 @@ def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]
             if built:
                 listed = "; ".join(f"{row.path}: {row.reason}" for row in built)
                 raise ValueError(f"strict: these weights would have to be built ({listed}). Adapt others, or drop strict")
-        return staged.finish(_run(staged, staged.params, adapter, staged.args, Context(lambda use: None, rng)))
+        return staged.finish(_run(staged, list(staged.params.values()), adapter, staged.args, Context(lambda use: None, rng)))
 
     return adapted
 
@@ -81,8 +81,8 @@ def explain(fn: Callable[..., Any], params: Any, adapter: Adapter, *args: Any, *
     return _rows(stage(fn, base_leaves(params, adapter.sites), args, kwargs), adapter)
 
 
-def _run(staged: Staged, leaves: Mapping[str, Any], adapter: Adapter, args: Sequence[Any], ctx: Context) -> list[Any]:
-    values: dict[str, Any] = dict(leaves)
+def _run(staged: Staged, leaves: Sequence[Any], adapter: Adapter, args: Sequence[Any], ctx: Context) -> list[Any]:
+    values: dict[str, Any] = dict(zip(staged.params, leaves, strict=True))
     for site, method in adapter.plan.entries:
         weight = method.leaf(site, values[site.path], adapter.arrays(site.path))
         values[site.path] = weight.base if weight.is_plain else weight
@@ -95,7 +95,7 @@ def _rows(staged: Staged, adapter: Adapter) -> list[Row]:
     ctx = Context(lambda use: uses.setdefault(use))
     jax.eval_shape(
         lambda leaves, adapter, args: _run(staged, leaves, adapter, args, ctx),
-        dict(staged.params),
+        list(staged.params.values()),
         adapter,
         list(staged.args),
     )

@@ -24,6 +24,7 @@ from lorax.fingerprint import digests
 from lorax.methods.base import METHODS, Method
 from lorax.sites import Site, SiteUse
 from lorax.spec import Spec
+from lorax.version import __version__
 
 FORMAT = 1
 
@@ -231,8 +232,6 @@ def _filled(prefix: str, like: Any, arrays: Mapping[str, Any]) -> Any:
 def _document(
     adapter: Adapter, arrays: Mapping[str, Any], base: Mapping[str, Any], metadata: Mapping[str, Any] | None, **more: Any
 ) -> dict[str, Any]:
-    from lorax import __version__
-
     document = {
         "format": FORMAT,
         "versions": {"lorax": __version__, "jax": jax.__version__, "orbax": ocp.__version__},

@@ -48,10 +48,17 @@ scan_p = prims.scan_p
 while_p = prims.while_p
 cond_p = prims.cond_p
 custom_jvp_call_p = prims.custom_jvp_call_p
+custom_vjp_call_p = prims.custom_vjp_call_p
 
 # stack and unstack are primitives of their own in recent releases and compositions before.
 stack_p = getattr(lax, "stack_p", None)
 unstack_p = getattr(lax, "unstack_p", None)
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """Return the equations and the constants of an open or closed jaxpr (one class since JAX 0.12)."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    return inner, getattr(jaxpr, "consts", ())
 
 
 def _primitive_bound_by(fn: Any, *args: Any) -> Any:
@@ -70,6 +77,13 @@ def _find_shard_map_p() -> Any:
     return _primitive_bound_by(mapped, jax.ShapeDtypeStruct((1,), "float32"))
 
 
+def _find_pvary_p() -> Any:
+    mesh = jax.sharding.AbstractMesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(lambda x: lax.pcast(x, "i", to="varying"), mesh=mesh, in_specs=jax.P(), out_specs=jax.P("i"))
+    (eqn,) = jax.make_jaxpr(mapped)(jax.ShapeDtypeStruct((1,), "float32")).eqns
+    return open_jaxpr(eqn.params["jaxpr"])[0].eqns[0].primitive
+
+
 def _find_reshard_p() -> Any:
     mesh = jax.sharding.AbstractMesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Explicit,))
     split, whole = (jax.sharding.NamedSharding(mesh, jax.P(name)) for name in ("i", None))
@@ -80,6 +94,7 @@ def _find_reshard_p() -> Any:
 ragged_dot_p = _find_ragged_dot_p()
 shard_map_p = _find_shard_map_p()
 reshard_p = _find_reshard_p()
+pvary_p = _find_pvary_p()
 
 
 # Those that hold no function, whose parameters can be bound as they are.
@@ -100,12 +115,6 @@ FIRST_ORDER = frozenset(
         div_p,
     }
 )
-
-
-def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """Return the equations and the constants of an open or closed jaxpr (one class since JAX 0.12)."""
-    inner = getattr(jaxpr, "jaxpr", jaxpr)
-    return inner, getattr(jaxpr, "consts", ())
 
 
 _DEBUG_INFO = open_jaxpr(jax.make_jaxpr(lambda: ())())[0].debug_info  # a jaxpr has to carry one

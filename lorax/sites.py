@@ -148,17 +148,17 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sit
     staged = stage(fn, paths.flatten(params), args, kwargs)
     seen: dict[Use, None] = {}
 
-    def run(leaves: dict[str, Any], args: Sequence[Any]) -> list[Any]:
-        ctx = Context(lambda use: seen.setdefault(use))
+    def run(leaves: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        ctx = Context(lambda use: seen.setdefault(use), tracing=True)
         values = [
             leaf_weight(path, x, Expression((Term((Factor(x, tuple(range(jnp.ndim(x)))),)),)))
             if jnp.issubdtype(x.dtype, jnp.floating)
             else x
-            for path, x in leaves.items()
+            for path, x in zip(staged.params, leaves, strict=True)
         ]
         return [densify(ctx, x, "the function's output") for x in evaluate(staged.jaxpr, [*values, *args], ctx)]
 
-    jax.eval_shape(run, dict(staged.params), list(staged.args))
+    jax.eval_shape(run, list(staged.params.values()), list(staged.args))
     by_path: dict[str, list[Use]] = {path: [] for path in staged.params}
     for use in seen:
         for path in use.paths:
@@ -179,11 +179,14 @@ def _site(path: str, leaf: Any, uses: Sequence[Use]) -> Site:
         for u in uses
     )
     shape, dtype = tuple(leaf.shape), str(leaf.dtype)
+    # An axis along which some product has a weight for each batch entry (experts) is one of weights side by side.
+    batch = {a for u in listed if u.contracted and u.free for a in u.batch}
     # A lookup is not a contraction: a tied embedding is named after its product.
     for use in sorted(listed, key=lambda u: u.kind == "embedding"):
         # An axis that was split, one part contracted and one left free, belongs to one side.
-        fan_in = tuple(a for a in use.contracted if a not in use.free) or use.contracted
-        fan_out = tuple(a for a in use.free if a not in fan_in)
+        contracted = tuple(a for a in use.contracted if a not in batch) or use.contracted
+        fan_in = tuple(a for a in contracted if a not in use.free) or contracted
+        fan_out = tuple(a for a in use.free if a not in (*fan_in, *batch)) or tuple(a for a in use.free if a not in fan_in)
         if use.kind != "other" and fan_in and fan_out:
             stack = tuple(a for a in range(len(shape)) if a not in (*fan_in, *fan_out))
             return Site(

@@ -33,11 +33,19 @@ class Use:
 
 
 class Context:
-    """The state of one evaluation of one jaxpr level."""
+    """The state of one evaluation of one jaxpr level.
 
-    def __init__(self, record: Callable[[Use], None], key: Any = None) -> None:
+    `tracing` is the evaluation that finds the sites: all parameters are weights without an adapter, and a weight is
+    followed through whatever makes another weight of it. `fixed` then says which operands of the present equation
+    follow from the parameters alone. `live` says which of its outputs are read.
+    """
+
+    def __init__(self, record: Callable[[Use], None], key: Any = None, tracing: bool = False) -> None:
         self.record = record
         self.key = key
+        self.tracing = tracing
+        self.fixed: Sequence[bool] = ()
+        self.live: Sequence[bool] = ()
         self._drawn = 0
         self._made: dict[Any, tuple[Any, Any]] = {}
 
@@ -49,7 +57,7 @@ class Context:
 
     def inside(self, key: Any) -> Context:
         """Return the context for the body of a control-flow construct."""
-        return Context(self.record, key)
+        return Context(self.record, key, self.tracing)
 
     def next_key(self) -> Any:
         """Return a fresh key, or None when no `rng` was given."""

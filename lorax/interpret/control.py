@@ -15,24 +15,25 @@ from jax import lax
 
 from lorax import compat
 from lorax.interpret.context import Context
-from lorax.interpret.evaluate import densify, evaluate
+from lorax.interpret.evaluate import densify, derived, evaluate
 from lorax.interpret.weight import Factor, Term, Weight
 
 
 def jit(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Inner jit: evaluated in place, so that eager calls do not compile anew; its output shardings are kept."""
     with jax.named_scope(eqn.params.get("name", "call")):
-        outs = evaluate(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), operands, ctx)
+        outs = evaluate(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), operands, ctx, fixed=ctx.fixed, live=ctx.live)
     shardings = eqn.params.get("out_shardings", (None,) * len(outs))
     return [
-        lax.with_sharding_constraint(x, s) if compat.is_specified(s) and not isinstance(x, Weight) else x
+        lax.with_sharding_constraint(x, s) if compat.is_specified(s) and isinstance(x, jax.Array) else x
         for x, s in zip(outs, shardings, strict=True)
     ]
 
 
 def checkpoint(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Rematerialised body: the adapter's part is recomputed with it."""
-    body = lambda operands, key: evaluate(eqn.params["jaxpr"], operands, ctx.inside(key))
+    fixed, live = ctx.fixed, ctx.live
+    body = lambda operands, key: evaluate(eqn.params["jaxpr"], operands, ctx.inside(key), fixed=fixed, live=live)
     remat = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
     return remat(list(operands), ctx.next_key())
 
@@ -53,6 +54,8 @@ def scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     carried = [x if keep else densify(ctx, x, "scan's carry") for x, keep in zip(init, fixed, strict=True)]
     sliced = [_leading(x) if isinstance(x, Weight) else (x, None) for x in xs]
     length = eqn.params["length"]
+    live = [True] * n_carry + list(ctx.live[n_carry:])
+    known = [is_fixed and not n_consts <= i < n_consts + n_carry for i, is_fixed in enumerate(ctx.fixed)]
     key = ctx.next_key()
     keys = None if key is None else jax.random.split(key, length)
 
@@ -62,7 +65,7 @@ def scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         carry = [x if keep else next(it) for x, keep in zip(carried, fixed, strict=True)]
         inner = ctx.inside(key)
         layer = [_layer(a, spec) for a, (_, spec) in zip(arrays, sliced, strict=True)]
-        outs = evaluate(jaxpr, [*consts, *carry, *layer], inner)
+        outs = evaluate(jaxpr, [*consts, *carry, *layer], inner, fixed=known, live=live)
         moved = [densify(inner, x, "scan's carry") for x, keep in zip(outs[:n_carry], fixed, strict=True) if not keep]
         return moved, [densify(inner, x, "scan's output") for x in outs[n_carry:]]
 
@@ -138,14 +141,25 @@ def cond(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     index, *operands = operands
     index = densify(ctx, index, "cond's index")
 
+    fixed, live = list(ctx.fixed[1:]), ctx.live
+    weights: dict[int, Weight] = {}
+
     def branch(jaxpr: Any) -> Any:
         def run(operands: list[Any], key: Any) -> list[Any]:
             inner = ctx.inside(key)
-            return [densify(inner, x, "cond's output") for x in evaluate(jaxpr, operands, inner)]
+            outs = evaluate(jaxpr, operands, inner, fixed=fixed, live=live)
+            weights.update((i, x) for i, x in enumerate(outs) if isinstance(x, Weight))
+            return [densify(inner, x, "cond's output") for x in outs]
 
         return run
 
-    return lax.switch(index, [branch(j) for j in eqn.params["branches"]], list(operands), ctx.next_key())
+    outs = lax.switch(index, [branch(j) for j in eqn.params["branches"]], list(operands), ctx.next_key())
+    return [derived(x, [weights[i]]) if ctx.tracing and i in weights else x for i, x in enumerate(outs)]
+
+
+def custom_vjp(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
+    """custom_vjp: gets the dense weight, so that its author's derivative is kept; when tracing, look inside."""
+    return evaluate(eqn.params["call_jaxpr"], operands, ctx, fixed=ctx.fixed) if ctx.tracing else NotImplemented
 
 
 def custom_jvp(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -207,5 +221,6 @@ RULES: dict[Any, Any] = {
     compat.while_p: while_loop,
     compat.cond_p: cond,
     compat.custom_jvp_call_p: custom_jvp,
+    compat.custom_vjp_call_p: custom_vjp,
     compat.shard_map_p: shard_map,
 }

@@ -10,27 +10,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from lorax import compat
 from lorax.interpret.context import Context, Use
-from lorax.interpret.weight import Weight, dense
+from lorax.interpret.weight import Factor, Term, Weight, dense
 
 RULES: dict[Any, Any] = {}
 
 
-def evaluate(jaxpr: Any, args: Sequence[Any], ctx: Context) -> list[Any]:
-    """Run an open or closed jaxpr on arrays and `Weight`s; outputs may be either."""
+def evaluate(
+    jaxpr: Any, args: Sequence[Any], ctx: Context, *, fixed: Sequence[bool] = (), live: Sequence[bool] | None = None
+) -> list[Any]:
+    """Run an open or closed jaxpr on arrays and `Weight`s; outputs may be either.
+
+    Args:
+      jaxpr: the jaxpr.
+      args: its inputs.
+      ctx: the context.
+      fixed: when tracing: which plain inputs follow from the parameters alone, so that a weight that is normalised or
+        masked on its way to a product still is seen to reach it.
+      live: which outputs are read; the others come out as None, and nothing is built for them.
+    """
     jaxpr, consts = compat.open_jaxpr(jaxpr)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     built: dict[Any, Any] = {}  # dense forms, at most one a variable
-    last_use = _last_uses(jaxpr)
+    live = [True] * len(jaxpr.outvars) if live is None else live
+    last_use = _last_uses(jaxpr, live)
     pending: list[Any] = []
+    known = set(jaxpr.constvars) | {v for v, is_fixed in zip(jaxpr.invars, fixed, strict=False) if is_fixed}
 
     def read(v: Any) -> Any:
         return v.val if isinstance(v, compat.Literal) else env[v]
 
     for at, eqn in enumerate(jaxpr.eqns):
+        ctx.live = [v in last_use for v in eqn.outvars]
+        if not any(ctx.live) and not eqn.effects:
+            continue
         adapted = [v for v in eqn.invars if isinstance(v, compat.Var) and isinstance(env.get(v), Weight)]
+        if ctx.tracing:
+            ctx.fixed = [isinstance(v, compat.Literal) or v in known or v in adapted for v in eqn.invars]
+            if all(ctx.fixed):
+                known.update(eqn.outvars)
         if not adapted:
             pending.append(eqn)
             continue
@@ -46,9 +68,26 @@ def evaluate(jaxpr: Any, args: Sequence[Any], ctx: Context) -> list[Any]:
                         built[v] = densify(ctx, env[v], str(eqn.primitive))
                 plain = [built[v] if isinstance(x, Weight) else x for v, x in zip(eqn.invars, values, strict=True)]
                 outs = ctx.bind(eqn, plain)
+                if ctx.tracing and all(v in known for v in eqn.outvars):
+                    outs = [derived(out, [env[v] for v in adapted]) for out in outs]
         env.update(zip(eqn.outvars, outs, strict=True))
     _run(pending, env, last_use, len(jaxpr.eqns))
-    return [read(v) for v in jaxpr.outvars]
+    return [read(v) if is_live else None for v, is_live in zip(jaxpr.outvars, live, strict=True)]
+
+
+def derived(out: Any, weights: Sequence[Weight]) -> Any:
+    """When tracing, follow a weight through an operation that only its dense form can go through."""
+    weights = [w for w in weights if len(w.shape) == jnp.ndim(out)]
+    if not weights or not jnp.issubdtype(out.dtype, jnp.floating):
+        return out
+    return Weight(
+        (Term((Factor(out, tuple(range(out.ndim))),)),),
+        tuple(out.shape),
+        out.dtype,
+        tuple(frozenset().union(*(w.origins[i] for w in weights)) for i in range(out.ndim)),
+        tuple(dict.fromkeys(path for w in weights for path in w.paths)),
+        frozenset().union(*(w.lookups for w in weights)),
+    )
 
 
 def densify(ctx: Context, value: Any, reason: str) -> Any:
@@ -71,9 +110,16 @@ def densify(ctx: Context, value: Any, reason: str) -> Any:
     return dense(value)
 
 
-def _last_uses(jaxpr: Any) -> dict[Any, int]:
-    last = {v: at for at, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if isinstance(v, compat.Var)}
-    last.update((v, len(jaxpr.eqns)) for v in jaxpr.outvars if isinstance(v, compat.Var))
+def _last_uses(jaxpr: Any, live: Sequence[bool]) -> dict[Any, int]:
+    """Return where each variable is read last, by an equation that itself is needed, or by a live output."""
+    n = len(jaxpr.eqns)
+    outs = zip(jaxpr.outvars, live, strict=True)
+    last = {v: n for v, is_live in outs if is_live and isinstance(v, compat.Var)}
+    for at, eqn in zip(reversed(range(n)), reversed(jaxpr.eqns), strict=True):
+        if eqn.effects or any(v in last for v in eqn.outvars):
+            for v in eqn.invars:
+                if isinstance(v, compat.Var):
+                    last.setdefault(v, at)
     return last
 
 

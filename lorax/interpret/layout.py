@@ -85,6 +85,7 @@ def _identity(n: int) -> list[tuple[int, ...]]:
     compat.reshard_p,
     compat.device_put_p,
     compat.name_p,
+    compat.pvary_p,
 )
 def _keep(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     """Identity on values: only the base goes through; its new dtype is the one to compute in."""
@@ -257,6 +258,8 @@ def _scale(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     if out.aval.shape != weight.shape or not jnp.issubdtype(out.aval.dtype, jnp.floating):
         return NotImplemented
     axes = [i for i, n in enumerate(jnp.shape(v)) if n > 1]
+    if ctx.tracing and not all(ctx.fixed) and len(axes) == sum(n > 1 for n in weight.shape):
+        return NotImplemented  # an activation that is scaled, whatever the shapes
     op = lax.div if eqn.primitive is compat.div_p else lax.mul
 
     def scaled(f: Factor) -> Factor:
@@ -312,10 +315,11 @@ def _concatenate(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
 def _joined(ctx: Any, eqn: Any, parts: Sequence[Any], operands: Sequence[Any], axis: int) -> Any:
     """Join weights along an axis: each product keeps to its own part, zero elsewhere.
 
-    A weight that is rescaled as a whole (more than one array in its first term) does not join others.
+    A weight that is rescaled as a whole (more than one array in its first term) does not join others, and a parameter
+    that is joined to an activation (a class token) is no weight.
     """
     weights = [p for p in parts if isinstance(p, Weight)]
-    if any(len(w.terms[0].factors) > 1 for w in weights):
+    if any(len(w.terms[0].factors) > 1 for w in weights) or (ctx.tracing and not all(ctx.fixed)):
         return NotImplemented
     (base,) = ctx.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
     terms, start, total = [], 0, jnp.shape(base)[axis]

