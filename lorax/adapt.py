@@ -47,7 +47,8 @@ def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]
     >>> import lorax, jax.numpy as jnp
     >>> fn = lambda params, x: x @ params["kernel"]
     >>> params, x = {"kernel": jnp.eye(4)}, jnp.ones((2, 4))
-    >>> adapter = lorax.init(jax.random.key(0), lorax.Spec({"kernel": lorax.LoRA(rank=2)}), lorax.trace(fn, params, x), params)
+    >>> spec = lorax.Spec({"kernel": lorax.LoRA(rank=2)})
+    >>> adapter = lorax.init(jax.random.key(0), spec, lorax.trace(fn, params, x), params)
     >>> bool((lorax.adapt(fn)(params, adapter, x) == fn(params, x)).all())
     True
     """
@@ -59,8 +60,12 @@ def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]
             built = [row for row in _rows(staged, adapter) if row.how == "materialised"]
             if built:
                 listed = "; ".join(f"{row.path}: {row.reason}" for row in built)
-                raise ValueError(f"strict: these weights would have to be built ({listed}). Adapt others, or drop strict")
-        return staged.finish(_run(staged, list(staged.params.values()), adapter, staged.args, Context(lambda use: None, rng)))
+                raise ValueError(
+                    f"strict: these weights would have to be built ({listed}). Adapt others, or drop strict"
+                )
+        return staged.finish(
+            _run(staged, list(staged.params.values()), adapter, staged.args, Context(lambda use: None, rng))
+        )
 
     return adapted
 
@@ -99,7 +104,9 @@ def _rows(staged: Staged, adapter: Adapter) -> list[Row]:
         adapter,
         list(staged.args),
     )
-    return [_row(site.path, set(site.stack), [u for u in uses if site.path in u.paths]) for site, _ in adapter.plan.entries]
+    return [
+        _row(site.path, set(site.stack), [u for u in uses if site.path in u.paths]) for site, _ in adapter.plan.entries
+    ]
 
 
 def _row(path: str, stack: set[int], uses: Sequence[Use]) -> Row:

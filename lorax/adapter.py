@@ -31,7 +31,10 @@ class Plan:
 
     def __eq__(self, other: object) -> bool:
         return self is other or (
-            isinstance(other, Plan) and hash(self) == hash(other) and self.entries == other.entries and self.spec == other.spec
+            isinstance(other, Plan)
+            and hash(self) == hash(other)
+            and self.entries == other.entries
+            and self.spec == other.spec
         )
 
 
@@ -97,7 +100,9 @@ def init(key: jax.Array, spec: Spec, sites: Sites, params: Any) -> Adapter:
     wide = [p for p, m in chosen.items() if getattr(m, "rank", 0) > min(sites[p].size("I"), sites[p].size("O"))]
     if wide:
         listed = ", ".join(f"{p} {sites[p].shape}" for p in wide)
-        warnings.warn(f"the rank is above the smaller side of {listed}: a full-rank update would be cheaper", stacklevel=2)
+        warnings.warn(
+            f"the rank is above the smaller side of {listed}: a full-rank update would be cheaper", stacklevel=2
+        )
     trained, fixed = {}, {}
     for path, method in chosen.items():
         site_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
@@ -115,7 +120,9 @@ def base_leaves(params: Any, sites: Iterable[Site]) -> tuple[dict[str, Any], Any
     for site in sites:
         if site.path not in leaves:
             near = ", ".join(paths.nearest(site.path, leaves)) or "the tree is empty"
-            raise ValueError(f"{site.path}: the params have no such leaf. Nearest: {near}. Were they made for another model?")
+            raise ValueError(
+                f"{site.path}: the params have no such leaf. Nearest: {near}. Were they made for another model?"
+            )
         got = tuple(jnp.shape(leaves[site.path]))
         if got != site.shape:
             raise ValueError(

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from lorax import paths
 from lorax.adapter import Adapter, Plan
 from lorax.fingerprint import digests
 from lorax.methods.base import METHODS, Method
@@ -29,7 +28,9 @@ from lorax.version import __version__
 FORMAT = 1
 
 
-def save(path: str | os.PathLike[str], adapter: Adapter, *, base: Any, metadata: Mapping[str, Any] | None = None) -> None:
+def save(
+    path: str | os.PathLike[str], adapter: Adapter, *, base: Any, metadata: Mapping[str, Any] | None = None
+) -> None:
     """Write an adapter to a new directory.
 
     Args:
@@ -144,7 +145,9 @@ class TrainCheckpoints:
         """Return the newest complete step, or None."""
         return self._manager.latest_step()
 
-    def restore(self, *, base: Any, opt_state_like: Any, rng_like: Any = None, step: int | None = None, shardings: Any = None) -> TrainState:
+    def restore(
+        self, *, base: Any, opt_state_like: Any, rng_like: Any = None, step: int | None = None, shardings: Any = None
+    ) -> TrainState:
         """Read a step.
 
         Args:
@@ -160,7 +163,8 @@ class TrainCheckpoints:
         """
         step = self.latest_step() if step is None else step
         if step is None or step not in self._manager.all_steps():
-            raise ValueError(f"{self.directory}: no complete step {'' if step is None else step}; there are {self._manager.all_steps()}")
+            there = self._manager.all_steps()
+            raise ValueError(f"{self.directory}: no complete step{'' if step is None else f' {step}'}; there are {there}")
         path = os.path.join(self.directory, str(step))
         document = _read_document(path)
         _same_base(path, document["base"], self._digests(base))
@@ -168,7 +172,7 @@ class TrainCheckpoints:
         if rng_like is None and "rng" in document["arrays"]:
             rng_like = jax.eval_shape(lambda: jax.random.key(0))
         likes = {**_named("opt_state", opt_state_like, abstract=True), **_named("rng", rng_like, abstract=True)}
-        where = {**_placed(plan, document, shardings), **{name: getattr(x, "sharding", None) for name, x in likes.items()}}
+        where = _placed(plan, document, shardings) | {name: getattr(x, "sharding", None) for name, x in likes.items()}
         _same_names(path, {n for n in document["arrays"] if not n.startswith(("params/", "state/"))}, set(likes))
         arrays = _read_arrays(path, document, where)
         return TrainState(
@@ -209,7 +213,9 @@ def _adapter_arrays(adapter: Adapter) -> dict[str, Any]:
 
 
 def _adapter(plan: Plan, arrays: Mapping[str, Any]) -> Adapter:
-    take = lambda part, path: {n.rpartition("/")[2]: x for n, x in arrays.items() if n.rpartition("/")[0] == f"{part}/{path}"}
+    take = lambda part, path: {
+        n.rpartition("/")[2]: x for n, x in arrays.items() if n.rpartition("/")[0] == f"{part}/{path}"
+    }
     found = {part: {s.path: take(part, s.path) for s, _ in plan.entries} for part in ("params", "state")}
     return Adapter(found["params"], found["state"], plan)
 
@@ -230,7 +236,11 @@ def _filled(prefix: str, like: Any, arrays: Mapping[str, Any]) -> Any:
 
 
 def _document(
-    adapter: Adapter, arrays: Mapping[str, Any], base: Mapping[str, Any], metadata: Mapping[str, Any] | None, **more: Any
+    adapter: Adapter,
+    arrays: Mapping[str, Any],
+    base: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None,
+    **more: Any,
 ) -> dict[str, Any]:
     document = {
         "format": FORMAT,
@@ -264,18 +274,23 @@ def _method(path: str, described: Mapping[str, Any] | None) -> Any:
     settings = dict(described)
     name = settings.pop("method")
     if name not in METHODS:
-        raise ValueError(f"{path}: its method {name} is not registered (known: {', '.join(METHODS)}). Import what defines it")
+        raise ValueError(
+            f"{path}: its method {name} is not registered (known: {', '.join(METHODS)}). Import what defines it"
+        )
     known = {f.name for f in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
     if unknown := sorted(set(settings) - known):
-        raise ValueError(f"{path}: {name} has no setting {', '.join(unknown)} in this version of lorax; it has {sorted(known)}")
+        raise ValueError(
+            f"{path}: {name} has no setting {', '.join(unknown)} in this version of lorax; it has {sorted(known)}"
+        )
     return METHODS[name](**settings)
 
 
 def _plan(path: str, document: Mapping[str, Any]) -> Plan:
+    def fields(d: dict[str, Any]) -> dict[str, Any]:
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
+
     def site(d: dict[str, Any]) -> Site:
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k != "uses"}
-        uses = tuple(SiteUse(**{k: tuple(v) if isinstance(v, list) else v for k, v in u.items()}) for u in d["uses"])
-        return Site(**tuples, uses=uses)
+        return Site(**fields({**d, "uses": [SiteUse(**fields(u)) for u in d["uses"]]}))
 
     entries = tuple((site(s), _method(path, m)) for s, m in document["sites"])
     return Plan(entries, Spec([(pattern, _method(path, m)) for pattern, m in document["spec"]]))
@@ -291,7 +306,9 @@ def _read_document(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if document.get("format", 0) > FORMAT:
-        raise ValueError(f"{path}: format {document['format']} is newer than this lorax reads ({FORMAT}): upgrade lorax")
+        raise ValueError(
+            f"{path}: format {document['format']} is newer than this lorax reads ({FORMAT}): upgrade lorax"
+        )
     if document.get("digest") != _json_digest(document):
         raise ValueError(f"{file} was changed after it was written: its digest does not fit its contents")
     return document
@@ -308,7 +325,9 @@ def _same_base(path: str, saved: Mapping[str, Any], given: Mapping[str, Any]) ->
                 rows.append(f"{p}: {name} {saved[p][what]} when saved, {given[p][what]} now")
                 break
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-    raise ValueError(f"{path}: the base is not the one the adapter was trained on ({'; '.join(rows[:5])}{more}). Load that one")
+    raise ValueError(
+        f"{path}: the base is not the one the adapter was trained on ({'; '.join(rows[:5])}{more}). Load that one"
+    )
 
 
 def _same_names(path: str, saved: set[str], wanted: set[str]) -> None:
@@ -329,24 +348,24 @@ def _placed(plan: Plan, document: Mapping[str, Any], shardings: Any) -> dict[str
 
 def _read_arrays(path: str, document: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
     described = document["arrays"]
-    handler = ocp.CompositeCheckpointHandler(arrays=ocp.StandardCheckpointHandler(), lorax=ocp.JsonCheckpointHandler())
-    checkpointer = ocp.Checkpointer(handler)
-    try:
-        on_disk = set(checkpointer.metadata(path).item_metadata["arrays"].tree)
-    except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-        raise ValueError(f"{path} is damaged: {error}") from error
-    _same_names(path, on_disk, set(described))
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def target(name: str) -> Any:
-        d = described[name]
-        return jax.ShapeDtypeStruct(tuple(d["shape"]), jnp.dtype(d["dtype"]), sharding=where[name] or default)
-
-    targets = {name: target(name) for name in described}
-    try:
-        arrays = checkpointer.restore(path, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(targets)))["arrays"]
-    except Exception as error:  # as above
-        raise ValueError(f"{path} is damaged: a tensor cannot be read: {error}") from error
+    targets = {
+        name: jax.ShapeDtypeStruct(tuple(d["shape"]), jnp.dtype(d["dtype"]), sharding=where[name] or default)
+        for name, d in described.items()
+    }
+    handler = ocp.CompositeCheckpointHandler(arrays=ocp.StandardCheckpointHandler(), lorax=ocp.JsonCheckpointHandler())
+    with ocp.Checkpointer(handler) as checkpointer:
+        try:
+            items: Any = checkpointer.metadata(path).item_metadata
+            on_disk = set(items["arrays"].tree)
+        except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+            raise ValueError(f"{path} is damaged: {error}") from error
+        _same_names(path, on_disk, set(described))
+        try:
+            args = ocp.args.Composite(arrays=ocp.args.StandardRestore(targets))
+            arrays = checkpointer.restore(path, args=args)["arrays"]
+        except Exception as error:  # as above
+            raise ValueError(f"{path} is damaged: a tensor cannot be read: {error}") from error
     now = digests(arrays)
     if edited := [name for name in described if now[name] != described[name]]:
         raise ValueError(f"{path}: tensors were changed after they were saved: {', '.join(edited[:8])}")

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
-from jax import lax
+from jax import core, lax
 from jax.extend import core as jex_core
 from jax.extend.core import primitives as prims
 
@@ -128,7 +128,7 @@ def evaluate_equations(
     Bind parameters, custom derivative rules, effects, name stacks and source locations stay JAX's business.
     """
     part = Jaxpr([], list(invars), list(outvars), list(eqns), debug_info=_DEBUG_INFO)
-    return jax.core.eval_jaxpr(part, [], *args)
+    return core.eval_jaxpr(part, [], *args)
 
 
 def equation_context(eqn: Any) -> AbstractContextManager[Any]:
@@ -156,3 +156,8 @@ def explicit_mesh(*arrays: Any) -> Any:
         if mesh is not None and jax.sharding.AxisType.Explicit in (mesh.axis_types or ()):
             return mesh
     return None
+
+
+def is_traced(x: Any) -> bool:
+    """Tell whether an array has no value yet."""
+    return isinstance(x, core.Tracer)

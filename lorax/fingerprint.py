@@ -41,12 +41,15 @@ def _sums(arrays: list[Any]) -> list[Any]:
 def _sum(x: Any) -> jax.Array:
     words = _words(x)
     position = functools.reduce(
-        lambda index, axis: index * np.uint32(words.shape[axis] % 2**32)
-        + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis),
+        lambda index, axis: (
+            index * np.uint32(words.shape[axis] % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        ),
         range(words.ndim),
         jnp.zeros(words.shape, jnp.uint32),
     )
-    return jnp.stack([jnp.sum(_mixed(words, position * np.uint32(seed) + np.uint32(seed)), dtype=jnp.uint32) for seed in _SEEDS])
+    return jnp.stack(
+        [jnp.sum(_mixed(words, position * np.uint32(seed) + np.uint32(seed)), dtype=jnp.uint32) for seed in _SEEDS]
+    )
 
 
 def _words(x: Any) -> jax.Array:

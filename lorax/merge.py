@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax import compat
 from lorax.adapter import Adapter, base_leaves
 from lorax.interpret.weight import dense, rebuild
 
@@ -46,7 +47,8 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
     leaves, tree = base_leaves(merged, adapter.sites)
     _refuse_non_finite(adapter)
     weights = {
-        site.path: method.leaf(site, leaves[site.path], adapter.arrays(site.path)) for site, method in adapter.plan.entries
+        site.path: method.leaf(site, leaves[site.path], adapter.arrays(site.path))
+        for site, method in adapter.plan.entries
     }
     lost = [s.path for s, m in adapter.plan.entries if not m.is_invertible]
     if lost:
@@ -55,7 +57,9 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
     for path, weight in weights.items():
         # W' = g∘W + Δ: the update alone is the weight at W = 0.
         gains, update = weight.terms[0].factors[1:], weight.terms[1:]
-        zero = rebuild(weight, jnp.zeros_like(weight.base, jnp.promote_types(weight.dtype, jnp.float32)), weight.partial_factors())
+        zero = rebuild(
+            weight, jnp.zeros_like(weight.base, jnp.promote_types(weight.dtype, jnp.float32)), weight.partial_factors()
+        )
         base = leaves[path] - (dense(zero) if update else 0)
         if gains:
             ones = rebuild(weight, jnp.ones_like(zero.base), weight.partial_factors())
@@ -68,7 +72,7 @@ def _refuse_non_finite(adapter: Adapter) -> None:
     for partition in (adapter.params, adapter.state):
         for path, arrays in partition.items():
             for name, x in arrays.items():
-                if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True):
+                if compat.is_traced(x) or not getattr(x, "is_fully_addressable", True):
                     continue
                 if not np.isfinite(np.asarray(x, np.float32)).all():
                     raise ValueError(f"{path}: the adapter's {name!r} holds NaN or infinity; it cannot be merged")

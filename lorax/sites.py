@@ -65,7 +65,9 @@ class Site:
     def axes(self, dims: str) -> tuple[Any, ...]:
         """Return the axes that an array spans: S stack, I fan-in, O fan-out, W all in order; other letters are bonds.
 
-        >>> Site(path="k", kind="linear", shape=(3, 8, 4), dtype="float32", stack=(0,), fan_in=(1,), fan_out=(2,)).axes("SIR")
+        >>> axes = {"stack": (0,), "fan_in": (1,), "fan_out": (2,)}
+        >>> stacked = Site(path="k", kind="linear", shape=(3, 8, 4), dtype="float32", **axes)
+        >>> stacked.axes("SIR")
         (0, 1, 'R')
         """
         known = {"S": self.stack, "I": self.fan_in, "O": self.fan_out, "W": tuple(range(len(self.shape)))}
@@ -74,7 +76,8 @@ class Site:
     def dims(self, dims: str, **bonds: int) -> tuple[int, ...]:
         """Return the shape of an array that spans `dims`, with the sizes of its bonds given by letter.
 
-        >>> Site(path="k", kind="linear", shape=(8, 2, 4), dtype="float32", fan_in=(0,), fan_out=(1, 2)).dims("RO", R=16)
+        >>> heads = Site(path="k", kind="linear", shape=(8, 2, 4), dtype="float32", fan_in=(0,), fan_out=(1, 2))
+        >>> heads.dims("RO", R=16)
         (16, 2, 4)
         """
         return tuple(bonds[a] if isinstance(a, str) else self.shape[a] for a in self.axes(dims))
@@ -112,7 +115,7 @@ class Sites(Sequence[Site]):
         return tuple(self._sites)
 
     def __str__(self) -> str:
-        rows = [("path", "kind", "shape", "dtype", "fan-in", "fan-out", "stack", "uses")]
+        rows: list[tuple[str, ...]] = [("path", "kind", "shape", "dtype", "fan-in", "fan-out", "stack", "uses")]
         for s in self:
             axes = [str(list(a)) if s.is_adaptable else "" for a in (s.fan_in, s.fan_out, s.stack)]
             shape = "×".join(map(str, s.shape)) or "scalar"
@@ -186,7 +189,9 @@ def _site(path: str, leaf: Any, uses: Sequence[Use]) -> Site:
         # An axis that was split, one part contracted and one left free, belongs to one side.
         contracted = tuple(a for a in use.contracted if a not in batch) or use.contracted
         fan_in = tuple(a for a in contracted if a not in use.free) or contracted
-        fan_out = tuple(a for a in use.free if a not in (*fan_in, *batch)) or tuple(a for a in use.free if a not in fan_in)
+        fan_out = tuple(a for a in use.free if a not in (*fan_in, *batch)) or tuple(
+            a for a in use.free if a not in fan_in
+        )
         if use.kind != "other" and fan_in and fan_out:
             stack = tuple(a for a in range(len(shape)) if a not in (*fan_in, *fan_out))
             return Site(

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from lorax import paths
 from lorax.methods import Method
 from lorax.sites import Site
 
+Rules = Mapping[str, Method | None] | Sequence[tuple[str, Method | None]]
+
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Spec:
-    """Ordered patterns of leaf paths and their methods; the first that selects a leaf wins.
+    r"""Ordered patterns of leaf paths and their methods; the first that selects a leaf wins.
 
     A pattern is a regular expression matched against the whole path. It selects, among the leaves it matches, those
     that its method can adapt; `None` in place of a method freezes all that it matches. Leaves that nothing selects are
     frozen.
 
     >>> from lorax import LoRA, Full
-    >>> Spec({r"layers/\\d+/attn/(query|value)/kernel": LoRA(rank=8), r"head/.*": Full()}).methods
-    (LoRA(rank=8, alpha=None, rank_stabilized=False, dropout=0.0, dtype='float32', initializer='uniform'), Full(dtype=None))
+    >>> spec = Spec({r"layers/\d+/attn/(query|value)/kernel": LoRA(rank=8), r"head/.*": Full()})
+    >>> [type(method).__name__ for method in spec.methods]
+    ['LoRA', 'Full']
     """
 
     rules: tuple[tuple[str, Method | None], ...]
 
-    def __init__(self, rules: Mapping[str, Method | None] | Iterable[tuple[str, Method | None]]) -> None:
-        pairs = tuple(rules.items() if isinstance(rules, Mapping) else rules)
+    def __init__(self, rules: Rules) -> None:
+        pairs = tuple(rules.items()) if isinstance(rules, Mapping) else tuple(rules)
         for pattern, method in pairs:
             if method is not None and not isinstance(method, Method):
                 raise ValueError(f"pattern {pattern!r}: got {method!r}, expected a method such as lorax.LoRA(rank=8)")

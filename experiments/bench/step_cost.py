@@ -111,7 +111,9 @@ def compare_steps(shape: Shape, rank: int, batch: int, length: int, repeats: int
     compiled = {n: jax.jit(s).lower(params, f, state, tokens).compile() for n, (s, f) in steps.items()}
     times = seconds({n: lambda c=c, f=steps[n][1]: c(params, f, state, tokens) for n, c in compiled.items()}, repeats)
     hand = cost(compiled["by hand"])
-    print(f"\n{shape.layers} layers, d {shape.d_model}, rank {rank}, {batch}×{length} tokens, {len(adapter.sites)} sites")
+    print(
+        f"\n{shape.layers} layers, d {shape.d_model}, rank {rank}, {batch}×{length} tokens, {len(adapter.sites)} sites"
+    )
     print(f"{'step':10}{'GFLOP':>10}{'ratio':>8}{'temp MiB':>10}{'ratio':>8}{'constants MiB':>15}{'time ratio':>12}")
     for name, c in compiled.items():
         row = cost(c)
@@ -126,21 +128,26 @@ def compare_tracing(depths: list[int], rank: int, repeats: int = 3) -> None:
     """Print the time to trace the plain and the adapted function over depth, without compiling."""
     print(f"\n{'layers':>8}{'plain ms':>10}{'adapted ms':>12}{'added/plain':>13}{'adapted ms a layer':>20}")
     for layers in depths:
-        shape = Shape(layers=layers, d_model=64, heads=4, kv_heads=2, d_ff=128, vocabulary=256)
-        fn = decoder(shape)
-        params = jax.eval_shape(lambda s=shape: init_params(jax.random.key(0), s))
-        tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
-        sites = lorax.trace(fn, params, tokens)
-        spec = lorax.Spec({KERNELS: lorax.LoRA(rank=rank)})
-        adapter = jax.eval_shape(lambda spec=spec, sites=sites, p=params: lorax.init(jax.random.key(0), spec, sites, p))
-        plain, adapted = [], []
-        for _ in range(repeats):
-            # New functions each time, so that nothing is cached; processor time, as the wall clock is shared.
-            plain.append(_processor_seconds(lambda: jax.make_jaxpr(lambda p, x: fn(p, x))(params, tokens)))
-            call = lambda: jax.make_jaxpr(lambda p, a, x: lorax.adapt(fn)(p, a, x))(params, adapter, tokens)
-            adapted.append(_processor_seconds(call))
-        p, a = min(plain) * 1e3, min(adapted) * 1e3
-        print(f"{layers:8}{p:10.1f}{a:12.1f}{(a - p) / p:13.2f}{a / layers:20.2f}")
+        plain, adapted = _tracing_seconds(layers, rank, repeats)
+        row = (plain * 1e3, adapted * 1e3, (adapted - plain) / plain, adapted * 1e3 / layers)
+        print(f"{layers:8}{row[0]:10.1f}{row[1]:12.1f}{row[2]:13.2f}{row[3]:20.2f}")
+
+
+def _tracing_seconds(layers: int, rank: int, repeats: int) -> tuple[float, float]:
+    shape = Shape(layers=layers, d_model=64, heads=4, kv_heads=2, d_ff=128, vocabulary=256)
+    fn = decoder(shape)
+    params = jax.eval_shape(lambda: init_params(jax.random.key(0), shape))
+    tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+    sites = lorax.trace(fn, params, tokens)
+    spec = lorax.Spec({KERNELS: lorax.LoRA(rank=rank)})
+    adapter = jax.eval_shape(lambda: lorax.init(jax.random.key(0), spec, sites, params))
+    times: list[tuple[float, float]] = []
+    for _ in range(repeats):
+        # New functions each time, so that nothing is cached; processor time, as the wall clock is shared.
+        plain = _processor_seconds(lambda: jax.make_jaxpr(lambda p, x: fn(p, x))(params, tokens))
+        call = lambda: jax.make_jaxpr(lambda p, a, x: lorax.adapt(fn)(p, a, x))(params, adapter, tokens)
+        times.append((plain, _processor_seconds(call)))
+    return min(p for p, _ in times), min(a for _, a in times)
 
 
 def _processor_seconds(call: Callable[[], Any]) -> float:

@@ -22,7 +22,9 @@ from lorax.interpret.weight import Factor, Term, Weight
 def jit(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Inner jit: evaluated in place, so that eager calls do not compile anew; its output shardings are kept."""
     with jax.named_scope(eqn.params.get("name", "call")):
-        outs = evaluate(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), operands, ctx, fixed=ctx.fixed, live=ctx.live)
+        outs = evaluate(
+            eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), operands, ctx, fixed=ctx.fixed, live=ctx.live
+        )
     shardings = eqn.params.get("out_shardings", (None,) * len(outs))
     return [
         lax.with_sharding_constraint(x, s) if compat.is_specified(s) and isinstance(x, jax.Array) else x

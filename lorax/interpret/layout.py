@@ -33,7 +33,7 @@ def _rule(*primitives: Any) -> Callable[[Rule], Rule]:
     return add
 
 
-class _Declined(Exception):  # noqa: N818  raised inside a factor's change, turned into NotImplemented
+class _Declined(Exception):  # raised inside a factor's change, turned into NotImplemented
     pass
 
 
@@ -387,7 +387,11 @@ def _gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
             return _relabelled(f, windows)
         window = [i for i, a in enumerate(f.axes) if a not in hidden]
         columns = [numbers.start_index_map.index(a) for a in mine]
-        picked = jnp.take(indices, jnp.asarray(columns, "int32"), axis=-1) if len(mine) < len(numbers.start_index_map) else indices
+        picked = (
+            jnp.take(indices, jnp.asarray(columns, "int32"), axis=-1)
+            if len(mine) < len(numbers.start_index_map)
+            else indices
+        )
         out_axes = [*batch, *(windows.get(f.axes[i], f.axes[i]) for i in window)]
         out = lax.gather(
             f.array,

@@ -75,17 +75,16 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     """`dot_general` with the weight as either operand; a product of two weights takes both dense."""
     contract, batch = eqn.params["dimension_numbers"]
     operands = [_activation(ctx, x, contract[i], batch[i], eqn) for i, x in enumerate(operands)]
+    free = [[a for a in range(jnp.ndim(x)) if a not in (*contract[i], *batch[i])] for i, x in enumerate(operands)]
     sides = [i for i, x in enumerate(operands) if isinstance(x, Weight)]
-    for side in sides:
-        weight = operands[side]
-        w_contract, w_batch = tuple(contract[side]), tuple(batch[side])
-        w_free = [a for a in range(len(weight.shape)) if a not in (*w_contract, *w_batch)]
-        reason = "" if len(sides) == 1 else "a product of two parameters"
-        _record(ctx, eqn, "linear", weight, w_contract, w_free, w_batch, reason)
+    reason = "" if len(sides) == 1 else "a product of two parameters"
+    for i in sides:
+        _record(ctx, eqn, "linear", operands[i], contract[i], free[i], batch[i], reason)
     if len(sides) != 1:
         return ctx.bind(eqn, [dense(x) if isinstance(x, Weight) else x for x in operands])
     (side,) = sides
     weight, x = operands[side], operands[1 - side]
+    w_contract, w_batch, w_free = tuple(contract[side]), tuple(batch[side]), free[side]
     x_contract, x_batch = tuple(contract[1 - side]), tuple(batch[1 - side])
 
     labels: list[Any] = [("x", i) for i in range(jnp.ndim(x))]
@@ -196,7 +195,9 @@ def convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
         rest = [f for f in term.factors if f is not first]
         bonds = [a for a in first.axes if isinstance(a, str)]
         channels = [jnp.shape(first.array)[first.axes.index(b)] for b in bonds]
-        one = arrange(first.array, first.axes, [*contracted, *bonds], [*(weight.shape[a] for a in contracted), *channels])
+        one = arrange(
+            first.array, first.axes, [*contracted, *bonds], [*(weight.shape[a] for a in contracted), *channels]
+        )
         one = lax.reshape(one, [*one.shape[: len(contracted)], math.prod(channels)])
         one = jnp.tile(one, [1] * len(contracted) + [groups]).astype(dtype)
         kernel = lax.transpose(one, [[*contracted, out_axis].index(a) for a in range(len(weight.shape))])
@@ -214,7 +215,9 @@ def convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
         h = lax.reshape(h, [*h.shape[:feature], groups, *channels, *h.shape[feature + 1 :]])
         labels = [*(("x", i) for i in range(feature)), "group", *bonds, *(("x", i) for i in range(feature, h.ndim))]
         labels = labels[: h.ndim]
-        z, z_axes = absorb(h, [("g",) if a == "group" else a for a in labels], _grouped(rest, out_axis, groups, dtype), ())
+        z, z_axes = absorb(
+            h, [("g",) if a == "group" else a for a in labels], _grouped(rest, out_axis, groups, dtype), ()
+        )
         per_group = weight.shape[out_axis] // groups
         free = [a for a in labels if isinstance(a, tuple)]
         wanted = [*free[:feature], ("g",), out_axis, *free[feature:]]
@@ -276,7 +279,7 @@ def ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     for term in weight.terms[1:]:
         scalars = [f for f in term.factors if not f.axes]
         thin = [f for f in term.factors if f.axes]
-        shapes = [tuple(sorted((a for a in f.axes if isinstance(a, int)))) for f in thin]
+        shapes = [tuple(sorted(a for a in f.axes if isinstance(a, int))) for f in thin]
         if len(thin) != 2 or sorted(shapes) != sorted([tuple(sorted((g, k))), tuple(sorted((g, n)))]):
             return NotImplemented
         a, b = thin if k in thin[0].axes else thin[::-1]

@@ -62,9 +62,7 @@ class Expression:
         if not isinstance(other, Expression):
             other = Expression((Term((Factor(jnp.asarray(other), ()),)),))
         return Expression(
-            tuple(
-                Term(s.factors + t.factors, max(s.dropout, t.dropout)) for s in self.terms for t in other.terms
-            )
+            tuple(Term(s.factors + t.factors, max(s.dropout, t.dropout)) for s in self.terms for t in other.terms)
         )
 
     __matmul__ = __rmul__ = __mul__
@@ -101,6 +99,11 @@ class Weight:
     def base(self) -> Any:
         """The base array in the present layout."""
         return self.terms[0].factors[0].array
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
 
     @property
     def is_plain(self) -> bool:

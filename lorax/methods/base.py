@@ -49,7 +49,7 @@ class Method:
         """
         raise NotImplementedError
 
-    def weight(self, w: Expression, **arrays: Expression) -> Expression:
+    def weight(self, w: Expression, *args: Any, **arrays: Any) -> Expression:
         """Return the merged weight as an expression of the base `w` and the method's arrays: the method's meaning."""
         raise NotImplementedError
 
