@@ -11,13 +11,7 @@ def get_config() -> config_dict.ConfigDict:
     config.name = "quickstart"
     config.run_dir = "runs/quickstart"
     config.data.row_tokens = 256
-    config.train.rows = 2
-    config.train.steps = 75
-    config.train.warmup_steps = 8
-    config.train.learning_rate = 1e-3
-    config.evaluation.examples = 256
-    config.evaluation.loss_examples = 64
-    config.evaluation.every = 25
-    config.evaluation.progress_examples = 32
+    config.train.update(steps=60, rows=2, learning_rate=1e-3, warmup_steps=6)
+    config.evaluation.update(examples=192, loss_examples=64, max_new_tokens=16, every=15, progress_examples=32)
     config.checkpoint.every = 10
     return config

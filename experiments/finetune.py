@@ -22,9 +22,7 @@ from ml_collections import config_flags
 
 from experiments.training.settings import check_overrides
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="file with the settings, such as configs/quickstart.py"
-)
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="file with the settings, such as configs/quickstart.py")
 
 EXIT_WRONG_INPUT, EXIT_USAGE, EXIT_NOT_FINITE = 1, 2, 3
 

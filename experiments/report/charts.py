@@ -95,12 +95,9 @@ def line_chart(
     if not series:
         return Markup()
     frame = _frame(series, y_from, y_to)
-    grid = [
-        f'<line class="grid" x1="0" x2="100" y1="{frame.at_y(y)}" y2="{frame.at_y(y)}"/>'
-        for y in frame.y_ticks
-    ]
+    grid = [f'<line class="grid" x1="0" x2="100" y1="{frame.at_y(y)}" y2="{frame.at_y(y)}"/>' for y in frame.y_ticks]
     lines = "".join(grid) + "".join(_draw(one, frame) for one in series)
-    svg = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true" focusable="false">{lines}</svg>'
+    svg = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{lines}</svg>'
     ends = "; ".join(f"{one.name} {form(one.y[-1])} at step {one.x[-1]:,.0f}" for one in series)
     keys = [element("li", element("i", class_=f"key {one.style}"), one.name) for one in series]
     caption = element(
@@ -128,7 +125,7 @@ def line_chart(
         element("div", *x_labels, element("b", "step"), class_="x-labels", aria_hidden="true"),
         class_="plot",
     )
-    data = element("script", _script_json(_values(series, frame, form, unit)), type="application/json")
+    data = element("script", _script_json(_values(series, frame, form)), type="application/json")
     return element("figure", caption, plot, data, class_="chart wide" if wide else "chart", id=identifier)
 
 
@@ -156,20 +153,19 @@ def _frame(series: Sequence[Series], y_from: float | None, y_to: float | None) -
     x_low, x_high = min(one.x[0] for one in series), max(one.x[-1] for one in series)
     if x_low == x_high:
         x_low, x_high = x_low - 1, x_high + 1
-    x_ticks = [x for x in ticks(x_low, x_high) if x_low <= x <= x_high and x == int(x)]
+    room = x_low + 0.88 * (x_high - x_low)  # what is further right would run into the axis's name
+    x_ticks = [x for x in ticks(x_low, x_high) if x_low <= x <= room and x == int(x)]
     return _Frame(x=(x_low, x_high), y=(y_ticks[0], y_ticks[-1]), x_ticks=x_ticks, y_ticks=y_ticks)
 
 
-def _values(
-    series: Sequence[Series], frame: _Frame, form: Callable[[float], str], unit: str
-) -> dict[str, object]:
+def _values(series: Sequence[Series], frame: _Frame, form: Callable[[float], str]) -> dict[str, object]:
     """What the read-out shows, as JSON for `page.js`."""
     lines = [
         {
             "name": one.name,
             "style": one.style,
             "x": list(one.x),
-            "text": [form(y) + (f" {unit}" if unit else "") for y in one.y],
+            "text": [form(y) for y in one.y],
         }
         for one in series
     ]

@@ -37,13 +37,11 @@ def _loss(rows: list[dict[str, Any]], trained: list[dict[str, Any]]) -> Markup:
     steps, losses = _points(trained, "loss")
     lines = [
         charts.Series(name="each step", x=steps, y=losses, style="faint"),
-        charts.Series(name="smoothed", x=steps, y=charts.smooth(losses, len(steps) / 20)),
+        charts.Series(name="smoothed", x=steps, y=charts.smooth(losses, max(5, len(steps) / 20))),
     ]
     held_out = _points(rows, "heldout_loss")
     if held_out[0]:
-        lines.append(
-            charts.Series(name="held out", x=held_out[0], y=held_out[1], style="before", points=True)
-        )
+        lines.append(charts.Series(name="held out", x=held_out[0], y=held_out[1], style="before", points=True))
     return charts.line_chart("loss", "Loss", lines, unit="nats per answer token", y_from=0.0, wide=True)
 
 
@@ -53,17 +51,13 @@ def _rates(rows: list[dict[str, Any]]) -> Markup:
         steps, rates = _points(rows, key)
         lines.append(charts.Series(name=name, x=steps, y=rates, style=style, points=True))
     answered = [row["answered"] for row in rows if "answered" in row]
-    note = f"The first {answered[0]} of the held-out examples." if answered else ""
-    return charts.line_chart(
-        "rates", "Held-out answers", lines, form=text.percent, y_from=0.0, y_to=1.0, note=note
-    )
+    note = f"Of {answered[0]} held-out examples, others than those above." if answered else ""
+    return charts.line_chart("rates", "Held-out answers", lines, form=text.percent, y_from=0.0, y_to=1.0, note=note)
 
 
 def _over_steps(rows: list[dict[str, Any]], key: str, title: str, **how: Any) -> Markup:
     steps, values = _points(rows, key)
-    return charts.line_chart(
-        key, title, [charts.Series(name=title.lower(), x=steps, y=values)], y_from=0.0, **how
-    )
+    return charts.line_chart(key, title, [charts.Series(name=title.lower(), x=steps, y=values)], y_from=0.0, **how)
 
 
 def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:

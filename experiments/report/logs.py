@@ -35,9 +35,7 @@ def read(directory: pathlib.Path) -> RunLogs:
         ValueError: if that is no run's directory, or a log in it is not what a run writes.
     """
     if not (directory / "config.json").is_file():
-        raise ValueError(
-            f"{directory}: no config.json here; give the directory of a run, such as runs/quickstart"
-        )
+        raise ValueError(f"{directory}: no config.json here; give the directory of a run, such as runs/quickstart")
     return RunLogs(
         directory=directory,
         config=_json(directory / "config.json"),

@@ -23,9 +23,7 @@ def budget(run: RunLogs) -> Markup:
         whole = f"of the model’s {text.size(b['frozen_bytes'])}"
         cards.append(_share("Adapter on disk", text.size(b["adapter_file_bytes"]), share, whole))
     held = "of what AdamW on every parameter would hold"
-    cards.append(
-        _share("Optimiser state", text.size(b["optimiser_bytes"]), b["optimiser_bytes"] / moments, held)
-    )
+    cards.append(_share("Optimiser state", text.size(b["optimiser_bytes"]), b["optimiser_bytes"] / moments, held))
     rows: list[list[Any]] = [
         ["Trainable", f"{b['trainable_parameters']:,}", b["trainable_bytes"]],
         ["Frozen", f"{b['frozen_parameters']:,}", b["frozen_bytes"]],
@@ -76,14 +74,14 @@ def sites(run: RunLogs) -> Markup:
             row["dtype"],
             row["method"],
             f"{row['trainable']:,}",
-            row["how"] + (f": {row['reason']}" if row["reason"] else ""),
+            row["how"] if row["how"] == "factored" else f"{row['how']}: {row['reason']}",
         ]
         for row in run.sites
     ]
     columns = ["Leaf", "Kind", "Shape", "Base type", "Method", "Trained", "Computed"]
     factored = sum(row["how"] == "factored" for row in run.sites)
     lead = (
-        f"Found by tracing the model’s loss, not by the names of its layers. {factored} of {len(rows)} are factored: "
+        f"Found by tracing the model’s loss, not by layer names. {factored} of {len(rows)} are factored: "
         "their merged weight is never built. A leaf of a scanned stack has a pair of factors for each layer."
     )
     shown = table("Adapted leaves", columns, rows, numbers={"Trained"}, tall=len(rows) > MANY_ROWS)
@@ -105,9 +103,7 @@ def reproduce(run: RunLogs) -> Markup:
     facts += [(f"Time: {what}", text.duration(took)) for what, took in run.result.get("seconds", {}).items()]
     versions = list(run.environment.get("versions", {}).items())
     versions += [
-        (name, run.environment[name])
-        for name in ("platform", "devices", "cores", "seed")
-        if name in run.environment
+        (name, run.environment[name]) for name in ("platform", "devices", "cores", "seed") if name in run.environment
     ]
     command = run.environment.get("command")
     settings = element("pre", "\n".join(_settings(run.config)))

@@ -23,8 +23,7 @@ def header(run: RunLogs) -> Markup:
         )
     if training := run.result.get("training"):
         said.append(
-            f"{training['steps']:,} steps over {training['tokens']:,} tokens took "
-            f"{text.duration(training['seconds'])}."
+            f"{training['steps']:,} steps over {training['tokens']:,} tokens took {text.duration(training['seconds'])}."
         )
     return element(
         "header",
@@ -40,7 +39,7 @@ def headline(run: RunLogs) -> Markup:
     if not evaluation:
         return Markup()
     about = (
-        f"{evaluation['examples']} held-out examples, none of them trained on, answered greedily before and after. "
+        f"{evaluation['examples']} held-out examples, never trained on, answered greedily before and after. "
         "The marks span 95 % intervals: Wilson’s for each rate, a paired bootstrap for the difference."
     )
     loss = evaluation["loss"]
@@ -114,7 +113,7 @@ def answers(run: RunLogs) -> Markup:
     chosen = [key for key in samples if key in before and key in after]
     if not chosen:
         return Markup()
-    # Roles are spelled out: a narrow page lays the rows out as blocks, which would take the table's meaning away.
+    # Roles are spelled out: a narrow page shows the rows as blocks, and a table loses its meaning by that.
     rows = [
         element(
             "tr",

@@ -124,9 +124,7 @@ def rates(answers: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def compare(
-    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], *, seed: int
-) -> list[dict[str, Any]]:
+def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], *, seed: int) -> list[dict[str, Any]]:
     """Return each measure before and after training, with 95 % intervals.
 
     Args:

@@ -38,22 +38,16 @@ def wilson(successes: int, trials: int) -> Interval:
     (0.8, 0.49, 0.943)
     """
     if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(
-            f"wilson: got {successes} successes of {trials} trials; want 0 <= successes <= trials >= 1"
-        )
+        raise ValueError(f"wilson: got {successes} successes of {trials} trials; want 0 <= successes <= trials >= 1")
     rate = successes / trials
     z2 = Z_95 * Z_95
     centre = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z_95 / (1 + z2 / trials) * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials * trials))
     # min and max: at a rate of 0 or 1 round-off would put the end a hair outside the estimate
-    return Interval(
-        value=rate, low=max(0.0, min(centre - half, rate)), high=min(1.0, max(centre + half, rate))
-    )
+    return Interval(value=rate, low=max(0.0, min(centre - half, rate)), high=min(1.0, max(centre + half, rate)))
 
 
-def paired_bootstrap(
-    before: Sequence[bool], after: Sequence[bool], *, seed: int, resamples: int = 10_000
-) -> Interval:
+def paired_bootstrap(before: Sequence[bool], after: Sequence[bool], *, seed: int, resamples: int = 10_000) -> Interval:
     """Return mean(after) - mean(before) with its 95 % percentile interval over resampled examples.
 
     Args:

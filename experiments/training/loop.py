@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import config_dict
 from tqdm import tqdm
@@ -110,7 +111,8 @@ class _Run:
         watch: Watch,
     ):
         self.config, self.params, self.batches, self.watch = config, params, batches, watch
-        self.schedule = optimiser.schedule(config.train)
+        # as a table, because what is computed on the device during an update waits for it
+        self.learning_rates = np.asarray(optimiser.schedule(config.train)(jnp.arange(config.train.steps)))
         transformation = optimiser.optimiser(config.train)
         self.update = step.train_step(loss, transformation)
         self.rng = jax.random.key(config.seed)
@@ -134,7 +136,7 @@ class _Run:
     def to_the_end(self, stop: StopSignals) -> None:
         """Update until the last step or a signal, and leave a checkpoint of where that is."""
         steps = self.config.train.steps
-        if not self.step:
+        if not self.step and self.config.evaluation.every:
             self.metrics.write(0, self.watch(0, self.state.adapter))
         with tqdm(
             total=steps, initial=self.step, desc="training", bar_format=PROGRESS_BAR, dynamic_ncols=True
@@ -177,7 +179,7 @@ class _Run:
         self.tokens += update.tokens
         line = {
             "loss": loss,
-            "learning_rate": float(self.schedule(update.step - 1)),
+            "learning_rate": float(self.learning_rates[update.step - 1]),
             "gradient_norm": norm,
             "tokens": self.tokens,
             "elapsed_s": round(self.elapsed, 3),

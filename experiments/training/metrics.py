@@ -49,9 +49,7 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         self._path = directory / "metrics.jsonl"
-        kept = (
-            [row for row in read_metrics(self._path) if row["step"] <= resumed_step] if resumed_step else []
-        )
+        kept = [row for row in read_metrics(self._path) if row["step"] <= resumed_step] if resumed_step else []
         _write_atomically(self._path, "".join(_line(row) for row in kept))
         self.last: dict[str, Any] = kept[-1] if kept else {}
         self._file = self._path.open("a", encoding="utf-8")

@@ -43,9 +43,7 @@ def batch_layout(config: config_dict.ConfigDict) -> data.Packed | data.Bucketed:
     return data.Bucketed(lengths=lengths, batch_tokens=rows * length)
 
 
-def make_adapter(
-    config: config_dict.ConfigDict, loss: step.LossFn, params: Any, batch: data.Batch
-) -> lorax.Adapter:
+def make_adapter(config: config_dict.ConfigDict, loss: step.LossFn, params: Any, batch: data.Batch) -> lorax.Adapter:
     """Trace the loss and return a fresh LoRA adapter of the leaves that `lora.targets` match.
 
     Raises:
@@ -60,12 +58,11 @@ def make_adapter(
     )
     spec = lorax.Spec({pattern: method for pattern in config.lora.targets})
     sites = lorax.trace(loss, params, step.loss_inputs(batch))
-    return lorax.init(jax.random.key(config.seed), spec, sites, params)
+    make = jax.jit(lambda key, params: lorax.init(key, spec, sites, params))  # one program, not one an array
+    return make(jax.random.key(config.seed), params)
 
 
-def describe_sites(
-    loss: step.LossFn, params: Any, adapter: lorax.Adapter, batch: data.Batch
-) -> list[dict[str, Any]]:
+def describe_sites(loss: step.LossFn, params: Any, adapter: lorax.Adapter, batch: data.Batch) -> list[dict[str, Any]]:
     """Return a row for each adapted leaf: what the trace found, and how the adapted loss computes it."""
     rows = {row.path: row for row in lorax.explain(loss, params, adapter, step.loss_inputs(batch))}
     return [

@@ -16,9 +16,7 @@ from experiments.training import step
 from experiments.training.run_directory import bytes_on_disk
 
 
-def save_adapter(
-    path: pathlib.Path, adapter: lorax.Adapter, params: Any, metadata: dict[str, Any]
-) -> lorax.Adapter:
+def save_adapter(path: pathlib.Path, adapter: lorax.Adapter, params: Any, metadata: dict[str, Any]) -> lorax.Adapter:
     """Save the adapter and return it as restored from there.
 
     It is not saved again when the run was killed after doing so.
@@ -29,19 +27,13 @@ def save_adapter(
     if not path.exists():
         lorax.save(path, adapter, base=params, metadata=metadata)
     restored = lorax.restore(path, base=params)
-    same = jax.tree.map(
-        lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), adapter.params, restored.params
-    )
+    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), adapter.params, restored.params)
     if not all(jax.tree.leaves(same)):
-        raise ValueError(
-            f"{path}: holds another adapter than this run's; move it away and start the run again"
-        )
+        raise ValueError(f"{path}: holds another adapter than this run's; move it away and start the run again")
     return restored
 
 
-def compare_merged(
-    model: Model, params: Any, adapter: lorax.Adapter, merged: Any, batch: data.Batch
-) -> dict[str, Any]:
+def compare_merged(model: Model, params: Any, adapter: lorax.Adapter, merged: Any, batch: data.Batch) -> dict[str, Any]:
     """Return how far the logits of the merged weights are from those of the adapted function on a batch.
 
     Args:
@@ -63,9 +55,7 @@ def compare_merged(
         return model.unembed(params, data.gather_loss_positions(hidden_BxTxD, batch["loss_positions"]))
 
     @jax.jit
-    def differences(
-        params: Any, adapter: lorax.Adapter, merged: Any, batch: dict[str, Any]
-    ) -> tuple[jax.Array, ...]:
+    def differences(params: Any, adapter: lorax.Adapter, merged: Any, batch: dict[str, Any]) -> tuple[jax.Array, ...]:
         of_adapted_BxKxV = lorax.adapt(logits)(params, adapter, batch)
         of_merged_BxKxV = logits(merged, batch)
         counts_BxK = batch["loss_weights"] > 0
@@ -88,14 +78,10 @@ def compare_merged(
     }
 
 
-def budget(
-    params: Any, adapter: lorax.Adapter, opt_state_bytes: int, directory: pathlib.Path
-) -> dict[str, int]:
+def budget(params: Any, adapter: lorax.Adapter, opt_state_bytes: int, directory: pathlib.Path) -> dict[str, int]:
     """Return parameters and bytes: trained, frozen, of the optimiser, and of what is on the disk."""
     trained, frozen = jax.tree.leaves(adapter.params), jax.tree.leaves(params)
-    newest = max(
-        (int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit()), default=None
-    )
+    newest = max((int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit()), default=None)
     on_disk = {"adapter_file_bytes": bytes_on_disk(directory / "adapter")}
     if newest is not None:
         on_disk["checkpoint_file_bytes"] = bytes_on_disk(directory / "checkpoints" / str(newest))

@@ -45,9 +45,7 @@ def finetune(config: config_dict.ConfigDict, *, command: str, stop: StopSignals)
     with directory.locked():
         found = directory.read("result.json")
         if found and found["status"] == "finished":
-            print(
-                f"{directory.path}: finished before; to train again, delete it or give another --config.run_dir"
-            )
+            print(f"{directory.path}: finished before; delete it, or give another run_dir, to train again")
             outcome = found
         else:
             model = preparation.model_name(config.model)
@@ -97,12 +95,8 @@ def _run(config: config_dict.ConfigDict, directory: RunDirectory, stop: StopSign
 
     print("saving the adapter, and comparing it merged and not")
     path = directory.path / "adapter"
-    adapter = result.save_adapter(
-        path, trained.adapter, params, {"name": config.name, "steps": config.train.steps}
-    )
-    held_out = data.Batches(
-        test.encoded[:MERGE_CHECK_EXAMPLES], layout, pad_id=tokenizer.pad_id, shuffle=False
-    )
+    adapter = result.save_adapter(path, trained.adapter, params, {"name": config.name, "steps": config.train.steps})
+    held_out = data.Batches(test.encoded[:MERGE_CHECK_EXAMPLES], layout, pad_id=tokenizer.pad_id, shuffle=False)
     merge_check = result.compare_merged(model, params, adapter, merged, next(held_out))
     directory.write("budget.json", result.budget(params, adapter, trained.opt_state_bytes, directory.path))
     answered = before["answers"], after["answers"]
@@ -140,9 +134,8 @@ def _describe_training_data(encoded: data.Encodings, layout: data.Packed | data.
     facts = {"Training examples": f"{count:,}, of {tokens / count:.0f} tokens on average"}
     if encoded.overlong:
         longest = max(overlong.positions for overlong in encoded.overlong)
-        facts["Left out"] = (
-            f"{len(encoded.overlong):,} examples of more than {layout.max_positions} tokens (up to {longest:,})"
-        )
+        limit, count = layout.max_positions, len(encoded.overlong)
+        facts["Left out"] = f"{count:,} examples longer than {limit} tokens (up to {longest:,})"
         print(f"left out {facts['Left out']}; config.data.row_tokens sets the limit")
     return facts
 
@@ -156,7 +149,7 @@ def _evaluate_once(
     if found is not None:
         return found
     started = time.perf_counter()
-    print(f"answering {min(config.evaluation.examples, evaluator.count)} held-out examples ({when} training)")
+    print(f"evaluating {when} training: {min(config.evaluation.examples, evaluator.count)} held-out answers")
     answers = evaluator.answers(params, config.evaluation.examples)
     found = {
         "loss": evaluator.loss(params, config.evaluation.loss_examples),

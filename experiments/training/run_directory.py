@@ -25,9 +25,10 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 
+import lorax
 from experiments.training import settings
 
-PACKAGES = ("lorax-flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
 MAY_CHANGE = ("config.run_dir:",)  # a run may be moved or named another way
 
 
@@ -65,9 +66,7 @@ class RunDirectory:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(
-                    f"{self.path}: another process is running in it; wait for it, or stop it"
-                ) from None
+                raise ValueError(f"{self.path}: another process is running in it; wait for it, or stop it") from None
             yield
 
     def _check_same(self, stored: dict[str, Any], config: config_dict.ConfigDict) -> None:
@@ -101,7 +100,7 @@ def bytes_on_disk(path: pathlib.Path) -> int:
 
 def environment(config: config_dict.ConfigDict, *, command: str, model: str) -> dict[str, Any]:
     """Return what a reader needs to repeat the run: the command that was typed, versions, machine, seed."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "lorax": lorax.__version__}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -97,9 +97,7 @@ def unknown_setting(name: str, known: Iterable[str]) -> str:
         last_parts.setdefault(other.rsplit(".", 1)[-1], other)
     whole = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     last = difflib.get_close_matches(name.rsplit(".", 1)[-1], last_parts, n=1, cutoff=0.6)
-    nearest = (
-        whole or [last_parts[part] for part in last] or difflib.get_close_matches(name, known, n=1, cutoff=0)
-    )
+    nearest = whole or [last_parts[part] for part in last] or difflib.get_close_matches(name, known, n=1, cutoff=0)
     return f"unknown setting config.{name}: the nearest is config.{nearest[0]}"
 
 
@@ -129,9 +127,7 @@ def check(config: config_dict.ConfigDict) -> None:
             raise ValueError(unknown_setting(name, wanted))
     for name, default in wanted.items():
         if name not in given:
-            raise ValueError(
-                f"config.{name} is missing: start the file from experiments.training.settings.defaults()"
-            )
+            raise ValueError(f"config.{name} is missing: start the file from experiments.training.settings.defaults()")
         _check_type(name, given[name], default)
 
     def want(name: str, holds: bool, expected: str) -> None:
@@ -166,8 +162,7 @@ def _check_type(name: str, value: Any, default: Any) -> None:
     sequence = isinstance(default, tuple) and isinstance(value, list)
     if not (number or sequence or type(value) is type(default)):
         raise ValueError(
-            f"config.{name} = {value!r}: got {type(value).__name__}, "
-            f"expected {type(default).__name__} like {default!r}"
+            f"config.{name} = {value!r}: got {type(value).__name__}, expected {type(default).__name__} like {default!r}"
         )
 
 

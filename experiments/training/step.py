@@ -98,7 +98,7 @@ def train_step(loss: LossFn, optimiser: optax.GradientTransformation) -> TrainSt
             (summed, gradient), _ = jax.lax.scan(add_part, (jnp.float32(0), nothing), (parts, rngs))
         answer_tokens = jnp.sum(parts["loss_weights"])
         gradient = jax.tree.map(lambda g: g / answer_tokens.astype(g.dtype), gradient)
-        output = StepOutput(summed / answer_tokens, optax.global_norm(gradient))
+        output = StepOutput(summed / answer_tokens, optax.tree.norm(gradient))
         updates, opt_state = optimiser.update(gradient, state.opt_state, adapter.params)
         halted = state.halted | ~(jnp.isfinite(output.loss) & jnp.isfinite(output.gradient_norm))
 

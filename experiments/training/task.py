@@ -112,9 +112,7 @@ def _rank(sample: data.Sample, seed: int) -> bytes:
 
 def identifiers(samples: Sequence[data.Sample]) -> list[str]:
     """Return a name for each sample: its id, its line in the user's file, or else its place."""
-    return [
-        str(sample.meta.get("id", sample.meta.get("line", place))) for place, sample in enumerate(samples)
-    ]
+    return [str(sample.meta.get("id", sample.meta.get("line", place))) for place, sample in enumerate(samples)]
 
 
 def score(answer: str, reference: str) -> Score:

@@ -351,8 +351,9 @@ def _placed(term: Term, axis: int, start: int, size: int, total: int) -> Term:
         return Factor(lax.pad(f.array, jnp.zeros((), f.array.dtype), config), f.axes)
 
     factors = list(term.factors)
-    if not any(axis in f.axes for f in factors):  # constant along the axis
-        i = min(range(len(factors)), key=lambda i: jnp.size(factors[i].array))
+    if not any(axis in f.axes for f in factors):  # constant along the axis: put it where a later reshape may join it
+        neighbours = [a for f in factors for a in f.axes if a in (axis - 1, axis + 1)]
+        i = next((i for i, f in enumerate(factors) if neighbours and max(neighbours) in f.axes), 0)
         shape = (size, *jnp.shape(factors[i].array))
         factors[i] = Factor(jnp.broadcast_to(factors[i].array, shape), (axis, *factors[i].axes))
     return Term(tuple(padded(f) if axis in f.axes else f for f in factors), term.dropout)

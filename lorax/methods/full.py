@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax import compat
 from lorax.interpret.weight import Expression
 from lorax.methods.base import Arrays, Method, register
 from lorax.sites import Site
@@ -36,8 +37,14 @@ class Full(Method):
         return None if site.is_floating else f"{site.dtype} is not floating point"
 
     def init(self, key: jax.Array, site: Site, base: Any) -> tuple[Arrays, Arrays]:
-        """Copy the base."""
-        return {"value": jnp.array(base, dtype=self.dtype or base.dtype)}, {}
+        """Copy the base; of abstract params only the shape counts, so that they are for `jax.eval_shape` alone."""
+        dtype = self.dtype or base.dtype
+        if not isinstance(base, jax.ShapeDtypeStruct):
+            return {"value": jnp.array(base, dtype=dtype)}, {}
+        value = jnp.zeros(base.shape, dtype)
+        if not compat.is_traced(value):
+            raise ValueError(f"{site.path}: Full starts at the base's values, and got abstract params: use jax.eval_shape")
+        return {"value": value}, {}
 
     def weight(self, w: Expression, *, value: Expression) -> Expression:
         """The trained copy."""

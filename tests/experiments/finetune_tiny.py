@@ -1,14 +1,19 @@
 """A language model, a tokenizer and data so small that a fine-tuning run takes seconds."""
 
+import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
+from ml_collections import config_dict
 from tokenizers import pre_tokenizers
 
 from experiments.models.tokenizer import byte_level_bpe
+from experiments.training import settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAYERS, WIDTH, HEADS, KV_HEADS, FFN = 2, 32, 4, 2, 48
@@ -17,21 +22,19 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'][0] }}:{{ m['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>a:{% endif %}"
 )
-CONFIG = """
-from experiments.training import settings
 
 
-def get_config():
+def get_config() -> config_dict.ConfigDict:
+    """Return settings for a run of seconds, without the model's and the data's place."""
     config = settings.defaults()
     config.name = "tiny"
     config.data.row_tokens = 64
     config.lora.rank = 2
-    config.lora.dropout = 0.1
-    config.train.update(dict(steps=12, rows=2, warmup_steps=2, learning_rate=1e-2))
-    config.evaluation.update(dict(examples=4, loss_examples=4, every=6, progress_examples=2, max_new_tokens=4, samples=2))
+    config.train.update(steps=12, rows=2, warmup_steps=2, learning_rate=1e-2)
+    config.evaluation.update(examples=4, loss_examples=4, progress_examples=2, max_new_tokens=4, samples=2)
+    config.evaluation.every = 6
     config.checkpoint.every = 2
     return config
-"""
 
 
 def write_model(directory: pathlib.Path) -> pathlib.Path:
@@ -66,14 +69,12 @@ def write_model(directory: pathlib.Path) -> pathlib.Path:
         shapes |= {f"{block}.mlp.down_proj": (WIDTH, FFN)}
         shapes |= {f"{block}.{name}_layernorm": (WIDTH,) for name in ("input", "post_attention")}
     draw = np.random.default_rng(0)
-    weights = {
-        f"{name}.weight": (np.ones(shape) if len(shape) == 1 else draw.normal(0, 0.2, shape)).astype(np.float32)
-        for name, shape in shapes.items()
-    }
+    weights = {name: np.ones(s) if len(s) == 1 else draw.normal(0, 0.2, s) for name, s in shapes.items()}
+    weights = {f"{name}.weight": weight.astype(np.float32) for name, weight in weights.items()}
     save_file(weights, directory / "model.safetensors")
     byte_level_bpe(tokens, [], SPECIAL, pre="gpt-2").save(str(directory / "tokenizer.json"))
-    settings = {"eos_token": SPECIAL[1], "pad_token": SPECIAL[1], "chat_template": TEMPLATE}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = {"eos_token": SPECIAL[1], "pad_token": SPECIAL[1], "chat_template": TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     return directory
 
 
@@ -84,18 +85,50 @@ def write_data(path: pathlib.Path, count: int = 40) -> pathlib.Path:
     return path
 
 
-def command(folder: pathlib.Path, run_dir: pathlib.Path, *overrides: str) -> list[str]:
-    """Return the command that fine-tunes on what `folder` holds; the model and the data are written when missing."""
-    model, samples, config = folder / "model", folder / "data.jsonl", folder / "tiny.py"
-    if not config.exists():
-        write_model(model)
-        write_data(samples)
-        config.write_text(CONFIG)
-    settings = {"run_dir": run_dir, "model.source": model, "data.path": samples}
-    given = [f"--config.{name}={value}" for name, value in settings.items()]
-    return [sys.executable, "-m", "experiments.finetune", f"--config={config}", *given, *overrides]
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A folder with a model and a data file for tiny runs."""
 
+    folder: pathlib.Path
 
-def finetune(folder: pathlib.Path, run_dir: pathlib.Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
-    return subprocess.run(command(folder, run_dir, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    @classmethod
+    def write(cls, folder: pathlib.Path) -> "Inputs":
+        """Write the model and the data."""
+        write_model(folder / "model")
+        write_data(folder / "data.jsonl")
+        (folder / "tiny.py").write_text("from tests.experiments.finetune_tiny import get_config\n")
+        return cls(folder)
+
+    def settings(self, run_dir: pathlib.Path, **changes: Any) -> dict[str, Any]:
+        """Return the settings that a run in `run_dir` needs besides `get_config()`, by dotted name."""
+        own = {
+            "run_dir": run_dir,
+            "model.source": self.folder / "model",
+            "data.path": self.folder / "data.jsonl",
+        }
+        return {name: str(value) for name, value in own.items()} | changes
+
+    def config(self, run_dir: pathlib.Path, **changes: Any) -> config_dict.ConfigDict:
+        """Return the configuration of a run in `run_dir`."""
+        config = get_config()
+        config.update_from_flattened_dict(self.settings(run_dir, **changes))
+        return config
+
+    def command(self, run_dir: pathlib.Path, **changes: Any) -> list[str]:
+        """Return the command line of a run in `run_dir`."""
+        given = [f"--config.{name}={value}" for name, value in self.settings(run_dir, **changes).items()]
+        return [sys.executable, "-m", "experiments.finetune", f"--config={self.folder / 'tiny.py'}", *given]
+
+    def start(self, run_dir: pathlib.Path, **changes: Any) -> subprocess.Popen[str]:
+        """Start that command in a process of its own."""
+        # Programs that one process compiled are found by the next: compiling would take most of the time.
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "programs")}
+        cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(
+            self.command(run_dir, **changes),
+            cwd=ROOT,
+            env=os.environ | cache,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )

@@ -40,8 +40,7 @@ class ByteTokenizer:
         if self.style == "forgetful":  # earlier answers are shortened, as templates of thinking models do
             last = len(messages) - 1
             messages = [
-                {**m, "content": "..."} if m["role"] == "assistant" and i < last else m
-                for i, m in enumerate(messages)
+                {**m, "content": "..."} if m["role"] == "assistant" and i < last else m for i, m in enumerate(messages)
             ]
         text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
         return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")

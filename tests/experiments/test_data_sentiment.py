@@ -45,9 +45,7 @@ def cache(tmp_path_factory):
 
 def test_the_files_hold_the_published_number_of_sentences(cache):
     with tarfile.open(sentiment.fetch_archive(cache)) as archive:
-        lines = {
-            d: list(archive.extractfile(f"hutto_ICWSM_2014/{name}") or ()) for d, name in DOMAINS.items()
-        }
+        lines = {d: list(archive.extractfile(f"hutto_ICWSM_2014/{name}") or ()) for d, name in DOMAINS.items()}
     assert {domain: len(of_domain) for domain, of_domain in lines.items()} == PUBLISHED
 
 
@@ -65,9 +63,7 @@ def test_neutral_sentences_are_dropped_and_the_sign_is_the_label(cache):
 def test_texts_are_clean(cache):
     texts = [e.text for e in load_sentiment(cache)]
     assert "Absorbing character study by André Turpin." in texts  # the files are UTF-8, not latin-1
-    assert not [
-        t for t in texts if "Ã" in t or "&amp;" in t or "  " in t or "\t" in t or "\r" in t or t != t.strip()
-    ]
+    assert not [t for t in texts if "Ã" in t or "&amp;" in t or "  " in t or "\t" in t or "\r" in t or t != t.strip()]
 
 
 def test_splits_are_disjoint_even_for_near_copies(cache):
@@ -82,8 +78,7 @@ def test_splits_are_disjoint_even_for_near_copies(cache):
 def test_splits_are_fixed(cache):
     counts = sentiment.count_examples(load_sentiment(cache))
     totals = {
-        domain: tuple(sum(of_domain[split].values()) for split in splits.SPLITS)
-        for domain, of_domain in counts.items()
+        domain: tuple(sum(of_domain[split].values()) for split in splits.SPLITS) for domain, of_domain in counts.items()
     }
     assert totals == {
         "movies": (8482, 527, 1063),
@@ -112,9 +107,7 @@ def test_a_changed_archive_is_an_error_that_names_it(cache, tmp_path):
 
 def test_a_download_that_fails_leaves_nothing_and_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(
-        sentiment.DownloadError, match=r"(?s)Check the network.*pip said: .*No matching"
-    ) as error:
+    with pytest.raises(sentiment.DownloadError, match=r"(?s)Check the network.*pip said: .*No matching") as error:
         load_sentiment(tmp_path)
     assert str(tmp_path) in str(error.value)  # where to put the archive by hand
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

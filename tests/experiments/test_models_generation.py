@@ -75,12 +75,12 @@ def test_stop_tokens_end_a_row_and_are_not_returned(model, prompts):
 
 
 def test_step_logits_equal_the_full_forward(model, prompts):
-    step = generation.cached_step(model.config, None)
+    step = jax.jit(generation.cached_step(model.config, None))
     tokens = np.asarray([prompts[2]])
     cache = models.llama.empty_cache(model.config, 1, 24)
     visible = jnp.ones((1, 24), bool)
     logits, cache = step(model.params, cache, tokens[:, :12], jnp.arange(12)[None], visible, 0)
-    full = model.apply(model.params, tokens)
+    full = jax.jit(model.apply)(model.params, tokens)
     np.testing.assert_allclose(logits, full[:, 11], atol=SAME_TOL, rtol=SAME_TOL)
     logits, _ = step(model.params, cache, tokens[:, 12:], jnp.arange(12, 20)[None], visible, 12)
     np.testing.assert_allclose(logits, full[:, 19], atol=SAME_TOL, rtol=SAME_TOL)

@@ -46,10 +46,7 @@ def test_param_paths_and_shapes(model):
     assert kernels["mlp"]["down"]["kernel"].shape == (2, 176, 64)
     assert kernels["mlp_norm"]["scale"].shape == (2, 64)
     assert model.params["head"]["kernel"].shape == (64, 128)
-    paths = {
-        "/".join(str(key.key) for key in path)
-        for path, _ in jax.tree_util.tree_leaves_with_path(model.params)
-    }
+    paths = {"/".join(str(key.key) for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(model.params)}
     assert paths == set(model.peft_names)
 
 

@@ -125,9 +125,7 @@ def test_what_the_decoder_does_not_compute_is_refused(directory, change, match):
 
 
 def test_rotary_scaling_of_both_config_generations(directory):
-    edit_config(
-        directory, rope_parameters=None, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 4.0}
-    )
+    edit_config(directory, rope_parameters=None, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 4.0})
     config = hf_directory.read_config(directory)
     assert (config.rope_theta, config.rope_divisors) == (5e5, (4.0,) * 8)
     llama3 = {

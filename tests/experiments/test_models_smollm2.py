@@ -47,8 +47,8 @@ def test_knows_capitals(model):
 
 def test_predicts_english(model):
     text = (
-        "Photosynthesis is the process by which green plants use sunlight to make food from carbon dioxide and "
-        "water. It takes place in the chloroplasts, which contain a green pigment called chlorophyll."
+        "Photosynthesis is the process by which green plants use sunlight to make food from carbon dioxide "
+        "and water. It takes place in the chloroplasts, which contain a green pigment called chlorophyll."
     )
     tokens = np.asarray([model.tokenizer.encode(text)])
     scores = jax.nn.log_softmax(model.apply(model.params, tokens)[0, :-1])
@@ -57,9 +57,7 @@ def test_predicts_english(model):
 
 
 def test_chat_template_adds_the_default_system_prompt(model):
-    text = model.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], add_generation_prompt=True
-    )
+    text = model.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     assert text == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

@@ -27,9 +27,7 @@ def build(pre: str = "smollm") -> Tokenizer:
     tokens = ["<s>", "</s>", *bytes_as_printable(), "ab", "abc", "Ġab", "12", "Ġ1"]
     merges = [("a", "b"), ("ab", "c"), ("Ġ", "ab"), ("1", "2"), ("Ġ", "1")]
     backend = byte_level_bpe(tokens, merges, ["<s>", "</s>"], pre=pre)
-    return Tokenizer(
-        backend, eos_id=1, pad_id=1, chat_template=TEMPLATE, template_names={"eos_token": "</s>"}
-    )
+    return Tokenizer(backend, eos_id=1, pad_id=1, chat_template=TEMPLATE, template_names={"eos_token": "</s>"})
 
 
 def written(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -50,9 +48,7 @@ def test_special_tokens_are_matched_whole_and_none_is_added():
     assert build().encode("") == []
 
 
-@pytest.mark.parametrize(
-    "text", ["naïve café ½ 世界 🙂", " leading", "a\n\n\tb  c ", "x=3.14;</s><s>", "\x00\x7f\xa0"]
-)
+@pytest.mark.parametrize("text", ["naïve café ½ 世界 🙂", " leading", "a\n\n\tb  c ", "x=3.14;</s><s>", "\x00\x7f\xa0"])
 def test_decode_inverts_encode(text):
     tokenizer = build()
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -47,9 +47,7 @@ def adapter(model):
     spec = lorax.Spec({r"layers/attn/(query|value)/kernel": lorax.LoRA(rank=8, alpha=16)})
     adapter = lorax.init(jax.random.key(0), spec, sites, model.params)
     initial = factors(model, RUN / "init" / "adapter_model.safetensors")
-    jax.tree.map(
-        lambda mine, theirs: np.testing.assert_equal(mine.shape, theirs.shape), adapter.params, initial
-    )
+    jax.tree.map(lambda mine, theirs: np.testing.assert_equal(mine.shape, theirs.shape), adapter.params, initial)
     return adapter.replace(params=jax.tree.map(jnp.asarray, initial))
 
 
@@ -76,9 +74,7 @@ def test_gradients_of_the_first_step(model, adapter, loss):
 def test_losses_and_gradient_norms_of_twenty_adamw_steps(adapter, loss):
     reference = json.loads((RUN / "train.json").read_text())
     b1, b2 = reference["betas"]
-    optimiser = optax.adamw(
-        reference["lr"], b1=b1, b2=b2, eps=reference["eps"], weight_decay=reference["weight_decay"]
-    )
+    optimiser = optax.adamw(reference["lr"], b1=b1, b2=b2, eps=reference["eps"], weight_decay=reference["weight_decay"])
 
     @jax.jit
     def step(trainable, state):

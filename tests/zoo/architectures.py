@@ -6,7 +6,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import lax
 
-from zoo.entry import Built, entry, linen, nnx_split, normal, tokens
+from tests.zoo.entry import Built, entry, linen, nnx_split, normal, tokens
 
 IDS_BxT = tokens(1, 13, 2, 4)
 IMAGE_BxHxWxC = normal(1, 2, 8, 8, 3)
@@ -134,7 +134,10 @@ def t5() -> Built:
     class Attention(nn.Module):
         @nn.compact
         def __call__(self, x, memory, bias):
-            q, k, v = (nn.DenseGeneral((2, 4), use_bias=False, name=n)(y) for n, y in zip("qkv", (x, memory, memory), strict=True))
+            q, k, v = (
+                nn.DenseGeneral((2, 4), use_bias=False, name=n)(y)
+                for n, y in zip("qkv", (x, memory, memory), strict=True)
+            )
             weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) + bias)
             y = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
             return nn.DenseGeneral(8, axis=(-2, -1), use_bias=False, name="o")(y)

@@ -9,7 +9,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from zoo.entry import Built, entry, normal
+from tests.zoo.entry import Built, entry, normal
 
 X = normal(1, 4, 5)
 
@@ -103,21 +103,21 @@ def vmap_over_the_batch() -> Built:
     return lambda p, x: jax.vmap(lambda row: jnp.tanh(p["w"].T @ row) + p["b"])(x), matrix(), (X,)
 
 
-@entry(adaptable="w|v", numbers=40)
+@entry(factored="w|v", numbers=40)
 def gradient_inside() -> Built:
     """A score function: minus the gradient of an energy with respect to its input."""
 
     def fn(p, x):
-        energy = lambda x: jnp.sum(jnp.tanh(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]))  # noqa: E731
+        energy = lambda x: jnp.sum(jnp.tanh(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]))
         return -jax.grad(energy)(x)
 
     return fn, matrix() | {"v": normal(5, 5, 5)}, (X,)
 
 
-@entry(adaptable="w", numbers=20)
+@entry(factored="w", numbers=20)
 def jvp_and_divergence_inside() -> Built:
     def fn(p, x):
-        field = lambda x: jnp.tanh(x @ p["w"] + p["b"])  # noqa: E731
+        field = lambda x: jnp.tanh(x @ p["w"] + p["b"])
         y, dy = jax.jvp(field, (x,), (jnp.ones_like(x),))
         return y, dy, jax.vmap(lambda row: jnp.trace(jax.jacfwd(field)(row)))(x)
 
@@ -129,7 +129,7 @@ def inner_optimisation_step() -> Built:
     """A gradient step on the weights themselves, as in test-time training."""
 
     def fn(p, x):
-        loss = lambda w: jnp.mean((x @ w - x) ** 2)  # noqa: E731
+        loss = lambda w: jnp.mean((x @ w - x) ** 2)
         return x @ (p["w"] - 0.1 * jax.grad(loss)(p["w"]))
 
     return fn, {"w": normal(3, 5, 5)}, (X,)

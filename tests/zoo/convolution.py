@@ -5,7 +5,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import lax
 
-from zoo.entry import Built, entry, linen, nnx_split, normal
+from tests.zoo.entry import Built, entry, linen, nnx_split, normal
 
 X_BxLxC = normal(1, 2, 8, 4)
 X_BxHxWxC = normal(2, 2, 6, 7, 4)
@@ -92,7 +92,7 @@ def conv_with_a_masked_kernel() -> Built:
     return linen(nn.Conv(6, (3, 3), mask=jnp.ones((3, 3, 4, 6)).at[1:].set(0)), X_BxHxWxC)
 
 
-@entry(adaptable="kernel")
+@entry(factored="kernel")
 def conv_local() -> Built:
     return linen(nn.ConvLocal(6, (3,)), X_BxLxC)
 
@@ -105,7 +105,7 @@ def conv_torch_layout() -> Built:
     return fn, {"w": normal(3, 6, 4, 3, 2)}, (normal(1, 2, 4, 5, 6),)
 
 
-@entry(factored="w", kinds={"w": "conv"})
+@entry(anything="w")
 def conv_batch_grouped() -> Built:
     def fn(p, x):
         numbers = ("NHWC", "HWIO", "NHWC")
@@ -123,7 +123,7 @@ def conv_3d_with_flipped_and_transposed_weight() -> Built:
     return fn, {"w": normal(3, 5, 2, 2, 2, 3)}, (normal(1, 1, 3, 4, 3, 3),)
 
 
-@entry(adaptable="w", kinds={"w": "conv"})
+@entry(anything="w")
 def conv_with_the_weight_on_the_left() -> Built:
     """A learned signal convolved by a filter that comes from the input."""
 

@@ -1,4 +1,4 @@
-"""Adapted functions on a mesh of eight fake devices: `python -m zoo.eight_devices`, in a process of its own.
+"""Adapted functions on a mesh of eight fake devices: `python -m tests.zoo.eight_devices`, in a process of its own.
 
 Prints a line for each check; an assertion fails the process.
 """
@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import lorax
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zoo.entry import normal
+import lorax
+from tests.zoo.entry import normal
 
 TOL = 2e-5
 PARAMS = {"up": normal(3, 8, 16), "down": normal(4, 16, 8), "layers": normal(5, 3, 8, 8)}
@@ -38,7 +38,9 @@ def explicit(p: Any, x_BxD: jax.Array) -> jax.Array:
     """The same where types carry shardings: the contracted axis is sharded, so that the result has to be named."""
     rows = P("data", None)
     x_BxD = jnp.einsum("bf,fd->bd", jnp.tanh(x_BxD @ p["up"]), p["down"], out_sharding=rows)
-    return lax.scan(lambda c, w: (jnp.tanh(jnp.einsum("bd,de->be", c, w, out_sharding=rows)), None), x_BxD, p["layers"])[0]
+    return lax.scan(
+        lambda c, w: (jnp.tanh(jnp.einsum("bd,de->be", c, w, out_sharding=rows)), None), x_BxD, p["layers"]
+    )[0]
 
 
 def by_hand(where: Mesh) -> Callable[..., jax.Array]:
@@ -52,18 +54,24 @@ def by_hand(where: Mesh) -> Callable[..., jax.Array]:
     return lambda p, x: mapped(p["up"], p["down"], x)
 
 
-def check(title: str, fn: Callable[..., Any], params: Any, x_BxD: jax.Array, plain: Callable[..., Any] | None = None) -> None:
+def check(
+    title: str, fn: Callable[..., Any], params: Any, x_BxD: jax.Array, plain: Callable[..., Any] | None = None
+) -> None:
     """Compare the adapted function with the merged one, in value and gradient, under `jit`."""
     sites = lorax.trace(fn, params, x_BxD)
     names = [s.path for s in sites if s.kind == "linear"]
     assert names, sites
-    adapter = lorax.init(jax.random.key(0), lorax.Spec({re.escape(n): lorax.LoRA(rank=2) for n in names}), sites, params)
+    adapter = lorax.init(
+        jax.random.key(0), lorax.Spec({re.escape(n): lorax.LoRA(rank=2) for n in names}), sites, params
+    )
     rng = np.random.default_rng(0)
-    adapter = adapter.replace(params=jax.tree.map(lambda a: a + 0.1 * jnp.asarray(rng.normal(size=a.shape), a.dtype), adapter.params))
+    adapter = adapter.replace(
+        params=jax.tree.map(lambda a: a + 0.1 * jnp.asarray(rng.normal(size=a.shape), a.dtype), adapter.params)
+    )
     assert all(row.how == "factored" for row in lorax.explain(fn, params, adapter, x_BxD)), title
 
     def step(run, params, x):
-        loss = lambda p: jnp.sum(jnp.sin(run(params, adapter.replace(params=p), x)))  # noqa: E731
+        loss = lambda p: jnp.sum(jnp.sin(run(params, adapter.replace(params=p), x)))
         return jax.jit(jax.value_and_grad(loss))(adapter.params)
 
     fast = step(lorax.adapt(fn), params, x_BxD)
@@ -79,17 +87,17 @@ def main() -> None:
     """Run all checks."""
     assert len(jax.devices()) == 8
     auto = mesh(AxisType.Auto)
-    put = lambda where: {k: jax.device_put(v, NamedSharding(where, SPECS[k])) for k, v in PARAMS.items()}  # noqa: E731
-    rows = lambda where: jax.device_put(X_BxD, NamedSharding(where, P("data", None)))  # noqa: E731
+    put = lambda where: {k: jax.device_put(v, NamedSharding(where, SPECS[k])) for k, v in PARAMS.items()}
+    rows = lambda where: jax.device_put(X_BxD, NamedSharding(where, P("data", None)))
     check("replicated", dense, PARAMS, X_BxD)
     check("auto mesh", dense, put(auto), rows(auto))
     where = mesh(AxisType.Explicit)
     with jax.set_mesh(where):
         check("explicit mesh", explicit, put(where), rows(where), plain=dense)
     pair = {k: v for k, v in put(auto).items() if k != "layers"}
-    gated = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]  # noqa: E731
+    gated = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
     check("shard_map", by_hand(auto), pair, rows(auto), plain=gated)
-    constrained = lambda p, x: dense(  # noqa: E731
+    constrained = lambda p, x: dense(
         {k: lax.with_sharding_constraint(v, NamedSharding(auto, SPECS[k])) for k, v in p.items()}, x
     )
     check("sharding constraint", constrained, put(auto), rows(auto), plain=dense)

@@ -6,7 +6,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import lax
 
-from zoo.entry import Built, entry, linen, nnx_split, normal, tokens
+from tests.zoo.entry import Built, entry, linen, nnx_split, normal, tokens
 
 X_TxD = normal(1, 6, 5)
 EXPERT_SHAPES = {"up": ((3, 5, 2), (3, 2, 7)), "down": ((3, 7, 2), (3, 2, 5))}
@@ -55,7 +55,7 @@ def gather_of_expert() -> Built:
     return fn, params, (X_TxD, tokens(1, 3, 6))
 
 
-@entry(adaptable="up|down", numbers=EXPERT_NUMBERS)
+@entry(factored="up|down", numbers=EXPERT_NUMBERS)
 def one_expert_for_all_tokens() -> Built:
     """A traced scalar picks the expert, as a task id or a noise level does."""
 
@@ -99,7 +99,17 @@ def vmap_over_experts() -> Built:
         def one(up, down, x):
             return jnp.tanh(x @ up) @ down
 
-        return jax.vmap(one, (0, 0, None))(p["up"], p["down"], x_TxD), jax.vmap(one)(p["up"], p["down"], x_TxD.reshape(3, 2, 5))
+        return jax.vmap(one)(p["up"], p["down"], x_TxD.reshape(3, 2, 5))
+
+    return fn, {k: v for k, v in experts().items() if k != "router"}, (X_TxD,)
+
+
+@entry(factored="up|down")
+def vmap_over_experts_with_one_input() -> Built:
+    """All experts read the same input: their axis is free in the first product and a batch axis in the second."""
+
+    def fn(p, x_TxD):
+        return jax.vmap(lambda up, down: jnp.tanh(x_TxD @ up) @ down)(p["up"], p["down"])
 
     return fn, {k: v for k, v in experts().items() if k != "router"}, (X_TxD,)
 
@@ -112,7 +122,9 @@ def linen_vmap_experts() -> Built:
 
 @entry(factored="kernel")
 def linen_vmap_experts_on_axis_one() -> Built:
-    make = nn.vmap(nn.Dense, variable_axes={"params": 1}, split_rngs={"params": True}, in_axes=None, out_axes=0, axis_size=3)
+    make = nn.vmap(
+        nn.Dense, variable_axes={"params": 1}, split_rngs={"params": True}, in_axes=None, out_axes=0, axis_size=3
+    )
     return linen(make(7), X_TxD)
 
 

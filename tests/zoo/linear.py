@@ -1,10 +1,10 @@
-"""Plain-JAX matrix products: every way in which a weight reaches a `dot_general`, and leaves that only look like weights."""
+"""Plain-JAX products: every way that a weight reaches a `dot_general`, and leaves that only look like weights."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from zoo.entry import Built, entry, normal, tokens
+from tests.zoo.entry import Built, entry, normal, tokens
 
 X = normal(1, 4, 5)  # BxI
 X_BxTxD = normal(2, 2, 3, 8)
@@ -244,7 +244,12 @@ def position_tables() -> Built:
         x = p["word"][ids] + p["position"][: ids.shape[1]] + p["type"]
         return jnp.tanh(x + jnp.take(p["position_rows"], jnp.arange(ids.shape[1]), axis=0))
 
-    params = {"word": normal(3, 11, 8), "position": normal(4, 6, 8), "type": normal(5, 1, 8), "position_rows": normal(6, 6, 8)}
+    params = {
+        "word": normal(3, 11, 8),
+        "position": normal(4, 6, 8),
+        "type": normal(5, 1, 8),
+        "position_rows": normal(6, 6, 8),
+    }
     return fn, params, (tokens(1, 11, 2, 3),)
 
 

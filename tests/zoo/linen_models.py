@@ -4,13 +4,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from zoo.entry import Built, entry, linen, normal, tokens
+from tests.zoo.entry import Built, entry, linen, normal, tokens
 
 X_BxTxD = normal(1, 2, 3, 8)
 IDS_BxT = tokens(1, 11, 2, 3)
 
 
-@entry(factored=".*kernel", numbers=2 * 4 * (8 + 8), shapes={"out/kernel": ((2, 4, 2), (2, 8)), "query/kernel": ((8, 2), (2, 2, 4))})
+@entry(
+    factored=".*kernel",
+    numbers=2 * 4 * (8 + 8),
+    shapes={"out/kernel": ((2, 4, 2), (2, 8)), "query/kernel": ((8, 2), (2, 2, 4))},
+)
 def linen_attention() -> Built:
     return linen(nn.MultiHeadDotProductAttention(2), X_BxTxD)
 

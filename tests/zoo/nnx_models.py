@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zoo.entry import Built, entry, nnx_split, normal, tokens
+from tests.zoo.entry import Built, entry, nnx_split, normal, tokens
 
 X_BxTxD = normal(1, 2, 3, 8)
 
 
-@entry(factored=".*kernel", numbers=2 * 4 * (8 + 8), shapes={"out/kernel": ((2, 4, 2), (2, 8)), "value/kernel": ((8, 2), (2, 2, 4))})
+@entry(
+    factored=".*kernel",
+    numbers=2 * 4 * (8 + 8),
+    shapes={"out/kernel": ((2, 4, 2), (2, 8)), "value/kernel": ((8, 2), (2, 2, 4))},
+)
 def nnx_attention() -> Built:
     return nnx_split(lambda: nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0)), X_BxTxD)
 
@@ -97,6 +101,8 @@ def nnx_bf16() -> Built:
 @entry(factored="kernel", numbers=2 * 16)
 def nnx_jit_and_cond() -> Built:
     def call(model, x):
-        return nnx.cond(jnp.sum(x) > 0, lambda m, x: m(x), lambda m, x: jnp.tanh(m(x)), model, nnx.jit(lambda m, x: m(x))(model, x))
+        return nnx.cond(
+            jnp.sum(x) > 0, lambda m, x: m(x), lambda m, x: jnp.tanh(m(x)), model, nnx.jit(lambda m, x: m(x))(model, x)
+        )
 
     return nnx_split(lambda: nnx.Linear(8, 8, rngs=nnx.Rngs(0)), X_BxTxD, call=call)

@@ -5,7 +5,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from zoo.entry import Built, entry, fill, normal
+from tests.zoo.entry import Built, entry, fill, normal
 
 X_BxD = normal(1, 4, 5)
 

@@ -5,7 +5,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import lax
 
-from zoo.entry import Built, entry, linen, nnx_split, normal
+from tests.zoo.entry import Built, entry, linen, nnx_split, normal
 
 X_BxTxD = normal(1, 2, 4, 5)
 
@@ -15,7 +15,7 @@ def linen_lstm() -> Built:
     return linen(nn.RNN(nn.LSTMCell(6)), X_BxTxD)
 
 
-@entry(adaptable=".*kernel", numbers=2 * 4 * ((5 + 6) + (6 + 6)))
+@entry(factored=".*kernel", numbers=2 * 4 * ((5 + 6) + (6 + 6)))
 def linen_optimized_lstm() -> Built:
     return linen(nn.RNN(nn.OptimizedLSTMCell(6)), X_BxTxD)
 
@@ -45,7 +45,7 @@ def nnx_lstm() -> Built:
     return nnx_split(lambda: nnx.RNN(nnx.LSTMCell(5, 6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), X_BxTxD)
 
 
-@entry(adaptable=".*kernel")
+@entry(factored=".*kernel")
 def nnx_optimized_lstm() -> Built:
     return nnx_split(lambda: nnx.RNN(nnx.OptimizedLSTMCell(5, 6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), X_BxTxD)
 

@@ -7,7 +7,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from zoo.entry import Built, entry, linen, nnx_split, normal
+from tests.zoo.entry import Built, entry, linen, nnx_split, normal
 
 X = normal(1, 4, 5)
 
@@ -20,7 +20,13 @@ def scalar_scaled() -> Built:
         x = jnp.tanh(x @ (p["gain"] * p["w3"]))
         return x @ -p["w4"]
 
-    params = {"w1": normal(3, 5, 7), "w2": normal(4, 7, 6), "w3": normal(5, 6, 6), "w4": normal(6, 6, 5), "gain": jnp.float32(1.3)}
+    params = {
+        "w1": normal(3, 5, 7),
+        "w2": normal(4, 7, 6),
+        "w3": normal(5, 6, 6),
+        "w4": normal(6, 6, 5),
+        "gain": jnp.float32(1.3),
+    }
     return fn, params, (X, jnp.float32(2.0))
 
 
@@ -29,7 +35,7 @@ def per_output_vector_scaled() -> Built:
     return lambda p, x: x @ (p["w"] * p["scale"]), {"w": normal(3, 5, 7), "scale": normal(4, 7)}, (X,)
 
 
-@entry(adaptable="w", numbers=24)
+@entry(factored="w", numbers=24)
 def per_input_vector_scaled() -> Built:
     return lambda p, x: x @ (p["w"] * p["scale"][:, None]), {"w": normal(3, 5, 7), "scale": normal(4, 5)}, (X,)
 
@@ -99,7 +105,7 @@ def identity_plus_weight() -> Built:
     return lambda p, x: x @ (jnp.eye(5) + p["w"]), {"w": normal(3, 5, 5)}, (X,)
 
 
-@entry(adaptable="[qkv]", numbers=2 * 3 * 13)
+@entry(factored="[qkv]", numbers=2 * 3 * 13)
 def concatenated_before_the_product() -> Built:
     def fn(p, x):
         return jnp.split(x @ jnp.concatenate([p["q"], p["k"], p["v"]], axis=1), 3, axis=1)
@@ -137,7 +143,7 @@ def linen_weight_norm() -> Built:
     return linen(nn.WeightNorm(nn.Dense(7)), X)
 
 
-@entry(adaptable="layer_instance/kernel", numbers=24)
+@entry(factored="layer_instance/kernel", numbers=24)
 def linen_spectral_norm() -> Built:
     return linen(nn.SpectralNorm(nn.Dense(7)), X, update_stats=False, stats=True)
 

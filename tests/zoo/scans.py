@@ -6,7 +6,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import lax
 
-from zoo.entry import Built, entry, linen, nnx_split, normal
+from tests.zoo.entry import Built, entry, linen, nnx_split, normal
 
 X = normal(1, 4, 5)
 X_BxTxD = normal(2, 2, 3, 8)
@@ -104,7 +104,7 @@ def part_of_a_stack() -> Built:
     return lambda p, x: lax.scan(layer, x, {"kernel": p["kernel"][1:], "bias": p["bias"][1:]})[0], STACK, (X,)
 
 
-@entry(adaptable="kernel", numbers=3 * 20)
+@entry(factored="kernel", numbers=3 * 20)
 def stack_indexed_by_a_loop_counter() -> Built:
     def fn(p, x):
         def body(i, c):
@@ -115,7 +115,7 @@ def stack_indexed_by_a_loop_counter() -> Built:
     return fn, STACK, (X,)
 
 
-@entry(adaptable=r"layers/\d/kernel", numbers=3 * 20)
+@entry(factored=r"layers/\d/kernel", numbers=3 * 20)
 def layers_stacked_before_the_scan() -> Built:
     def fn(p, x):
         return lax.scan(layer, x, jax.tree.map(lambda *a: jnp.stack(a), *p["layers"]))[0]
@@ -124,7 +124,7 @@ def layers_stacked_before_the_scan() -> Built:
     return fn, params, (X,)
 
 
-@entry(adaptable="w")
+@entry(factored="w")
 def weight_carried_through_a_scan() -> Built:
     def fn(p, x):
         return lax.scan(lambda c, _: ((jnp.tanh(c[0] @ c[1]), c[1]), None), (x, p["w"]), None, length=3)[0][0]

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.core import FrozenDict
 from jax.sharding import AxisType, Mesh
 
-from zoo.entry import Built, entry, linen, nnx_split, normal
+from tests.zoo.entry import Built, entry, linen, nnx_split, normal
 
 X = normal(1, 4, 5)
 
@@ -26,6 +26,19 @@ def lists_tuples_and_integer_keys() -> Built:
 
     layers = [(normal(i, 5, 5), normal(9 + i, 5)) for i in range(2)]
     return fn, {"layers": layers, "heads": {3: {"w": normal(3, 5, 5)}, 7: {"w": normal(7, 5, 5)}}}, (X,)
+
+
+@entry(factored=r"layers/\d+|a/w|a-b/w|a.b/w", numbers=14 * 20 + 2 * 20 - 20)
+def order_of_paths_is_not_alphabetical() -> Built:
+    """More than ten layers in a list, and keys with characters that sort before a slash."""
+
+    def fn(p, x):
+        for i, w in enumerate(p["layers"]):
+            x = jnp.tanh(x @ (w if i % 3 else w.T))
+        return x @ p["a"]["w"] @ p["a-b"]["w"].T @ p["a.b"]["w"]
+
+    layers = [normal(i, 5, 5) for i in range(12)]
+    return fn, {"layers": layers} | {k: {"w": normal(i, 5, 5)} for i, k in enumerate(["a", "a-b", "a.b"], 20)}, (X,)
 
 
 @flax.struct.dataclass
