@@ -63,9 +63,7 @@ def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]
                 raise ValueError(
                     f"strict: these weights would have to be built ({listed}). Adapt others, or drop strict"
                 )
-        return staged.finish(
-            _run(staged, list(staged.params.values()), adapter, staged.args, Context(lambda use: None, rng))
-        )
+        return staged.finish(_run(staged, list(staged.params.values()), adapter, staged.args, Context(None, rng)))
 
     return adapted
 

@@ -164,7 +164,8 @@ class TrainCheckpoints:
         step = self.latest_step() if step is None else step
         if step is None or step not in self._manager.all_steps():
             there = self._manager.all_steps()
-            raise ValueError(f"{self.directory}: no complete step{'' if step is None else f' {step}'}; there are {there}")
+            wanted = "" if step is None else f" {step}"
+            raise ValueError(f"{self.directory}: no complete step{wanted}; there are {there}")
         path = os.path.join(self.directory, str(step))
         document = _read_document(path)
         _same_base(path, document["base"], self._digests(base))

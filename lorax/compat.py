@@ -149,13 +149,10 @@ def is_specified(sharding: Any) -> bool:
     return isinstance(sharding, jax.sharding.Sharding)
 
 
-def explicit_mesh(*arrays: Any) -> Any:
-    """Return the mesh if any array's type carries a sharding over explicit axes, else None."""
-    for x in arrays:
-        mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
-        if mesh is not None and jax.sharding.AxisType.Explicit in (mesh.axis_types or ()):
-            return mesh
-    return None
+def explicit_mesh(x: Any) -> Any:
+    """Return the mesh if the array's type carries a sharding over explicit axes, else None."""
+    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    return mesh if mesh is not None and jax.sharding.AxisType.Explicit in (mesh.axis_types or ()) else None
 
 
 def is_traced(x: Any) -> bool:

@@ -42,10 +42,14 @@ def adapter_for(
     method = method or lorax.LoRA(rank=2, alpha=3)
     chosen = [s.path for s in sites if not method.refuses(s) and (only is None or re.fullmatch(only, s.path))]
     assert chosen, f"nothing to adapt:\n{sites}"
+    spec = lorax.Spec({re.escape(p): method for p in chosen})
+    build = lambda: lorax.init(jax.random.key(seed), spec, sites, params)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # rank 2 is above the side of a weight with one output
-        made = lorax.init(jax.random.key(seed), lorax.Spec({re.escape(p): method for p in chosen}), sites, params)
-    return randomised(made, seed)
+        made = jax.eval_shape(build)
+        state = jax.jit(lambda: build().state).lower().compile(FAST_COMPILE)()
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), made.params)  # drawing as init does would be compiled
+    return randomised(made.replace(params=zeros, state=state), seed)
 
 
 def is_floating(x: Any) -> bool:
@@ -93,16 +97,20 @@ def value_and_grads(run: Callable[..., Any], adapter: Any, *args: Any) -> Any:
 def assert_agrees(fn: Callable[..., Any], params: Any, adapter: Any, *args: Any, tol: float = F32_TOL) -> None:
     """The adapted function equals the function of the merged weights, in value and in all gradients."""
 
-    @jax.jit
     def both(params: Any, adapter: Any, *args: Any) -> Any:
         fast = value_and_grads(lambda a, *xs: lorax.adapt(fn)(params, a, *xs), adapter, *args)
         slow = value_and_grads(lambda a, *xs: fn(lorax.merge(params, a), *xs), adapter, *args)
         return fast, slow
 
-    fast, slow = both.lower(params, adapter, *args).compile(FAST_COMPILE)(params, adapter, *args)
+    fast, slow = run(both, params, adapter, *args)
     assert_close(fast[0], slow[0], tol, "value")
     assert_close(fast[1], slow[1], 5 * tol, "gradient")
     assert any(np.any(np.asarray(x)) for x in jax.tree.leaves(slow[1][0])), "no gradient at all: the check is void"
+
+
+def run(fn: Callable[..., Any], *args: Any) -> Any:
+    """Compile with little optimisation and call: quicker than one small program for each operation."""
+    return jax.jit(fn).lower(*args).compile(FAST_COMPILE)(*args)
 
 
 def how(fn: Callable[..., Any], params: Any, adapter: Any, *args: Any) -> dict[str, str]:

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from jax import lax
 
 import lorax
-from tests.agreement import BF16_TOL, F32_TOL, adapter_for, assert_agrees, assert_close, equations, how, normal
+from tests.agreement import (
+    BF16_TOL,
+    F32_TOL,
+    FAST_COMPILE,
+    adapter_for,
+    assert_agrees,
+    assert_close,
+    equations,
+    how,
+    normal,
+)
 
 PHASES = (Phase.explicit, Phase.generate, Phase.shrink)
 SCALE = 1.5  # alpha 3, rank 2
@@ -37,7 +47,7 @@ def operands(sums: str, sizes: dict[str, int], side: int) -> tuple[str, str, str
     return w, x, out, normal(1, *(sizes[a] for a in w)), normal(2, *(sizes[a] for a in x))
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, phases=PHASES)
+@settings(max_examples=14, deadline=None, derandomize=True, phases=PHASES)
 @given(einsums())
 def test_any_einsum_agrees_and_is_factored(drawn: tuple[str, dict[str, int], int]) -> None:
     sums, _, side = drawn
@@ -52,7 +62,7 @@ def test_any_einsum_agrees_and_is_factored(drawn: tuple[str, dict[str, int], int
     assert_agrees(fn, params, adapter, activation)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, phases=PHASES)
+@settings(max_examples=30, deadline=None, derandomize=True, phases=PHASES)
 @given(einsums())
 def test_any_einsum_finds_its_axes_and_its_value_by_hand(drawn: tuple[str, dict[str, int], int]) -> None:
     """`y = x·W + s·x·A·B` written out with numpy, from the letters alone."""
@@ -72,7 +82,9 @@ def test_any_einsum_finds_its_axes_and_its_value_by_hand(drawn: tuple[str, dict[
     delta = np.einsum(f"{stack}{fan_in}Z,{stack}Z{fan_out}->{w}", a, b)
     merged = np.asarray(kernel) + SCALE * delta
     want = np.einsum(sums, *((merged, activation) if side == 0 else (activation, merged)))
-    assert_close(lorax.adapt(fn)({"w": kernel}, adapter, activation), want.astype(np.float32))
+    args = ({"w": kernel}, adapter, activation)
+    got = jax.jit(lorax.adapt(fn)).lower(*args).compile(FAST_COMPILE)(*args)
+    assert_close(got, want.astype(np.float32))
 
 
 def test_one_pair_of_factors_serves_both_orientations() -> None:
@@ -80,7 +92,7 @@ def test_one_pair_of_factors_serves_both_orientations() -> None:
     params, args = {"w": normal(1, 4, 6)}, (normal(2, 3, 4), normal(3, 5, 6))
     site = lorax.trace(fn, params, *args)["w"]
     assert (site.fan_in, site.fan_out) == ((0,), (1,))
-    assert [(u.contracted, u.free) for u in site.uses] == [((0,), (1,)), ((1,), (0,)), ((0,), (1,))]
+    assert {(u.contracted, u.free) for u in site.uses} == {((0,), (1,)), ((1,), (0,))}
     adapter = adapter_for(fn, params, *args)
     assert {n: x.shape for n, x in adapter.params["w"].items()} == {"a": (4, 2), "b": (2, 6)}
     assert how(fn, params, adapter, *args) == {"w": "factored"}
@@ -201,7 +213,7 @@ def convolutions(draw: Any) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, phases=PHASES)
+@settings(max_examples=10, deadline=None, derandomize=True, phases=PHASES)
 @given(convolutions())
 def test_any_convolution_agrees_and_is_factored(drawn: dict[str, Any]) -> None:
     settings = dict(drawn)
@@ -324,10 +336,10 @@ def test_an_embedding_by_hand() -> None:
     assert_agrees(fn, params, adapter, ids)
 
 
-@pytest.mark.parametrize("mode", ["clip", "fill", "wrap", "promise_in_bounds"])
+@pytest.mark.parametrize("mode", ["clip", "fill", "wrap"])
 def test_rows_beyond_the_table_are_those_of_the_plain_function(mode: str) -> None:
     fn = lambda p, ids: jnp.take(p["table"], ids, axis=0, mode=mode, fill_value=3.0 if mode == "fill" else None)
-    ids = jnp.array([0, 6, 3] if mode == "promise_in_bounds" else [0, 6, 7, 9, -1, -9])
+    ids = jnp.array([0, 6, 7, 9, -1, -9])
     params = {"table": normal(1, 7, 4)}
     assert_agrees(fn, params, adapter_for(fn, params, ids), ids)
 

@@ -30,7 +30,6 @@ STACKABLE = [
     "custom_vjp_with_the_weight",
     "nnx_attention",
     "while_loop",
-    "llama",
 ]
 
 

@@ -261,7 +261,7 @@ class Llama(nn.Module):
             Logits B x T x V in float32, or with `logits=False` the normed hidden states B x T x D.
         """
         B, T = tokens_BxT.shape
-        if T > self.config.max_positions:
+        if self.config.max_positions < T:
             raise ValueError(
                 f"tokens are {T} long, the model was built for max_positions={self.config.max_positions}; "
                 "shorten the sequences"

@@ -30,6 +30,7 @@ class Use:
     lookups: frozenset[tuple[str, int, bool]] = frozenset()
     factored: bool = True
     reason: str = ""
+    equation: int = 0  # tells two like uses apart
 
 
 class Context:
@@ -40,7 +41,7 @@ class Context:
     follow from the parameters alone. `live` says which of its outputs are read.
     """
 
-    def __init__(self, record: Callable[[Use], None], key: Any = None, tracing: bool = False) -> None:
+    def __init__(self, record: Callable[[Use], None] | None, key: Any = None, tracing: bool = False) -> None:
         self.record = record
         self.key = key
         self.tracing = tracing

@@ -144,19 +144,21 @@ def cond(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     index = densify(ctx, index, "cond's index")
 
     fixed, live = list(ctx.fixed[1:]), ctx.live
-    weights: dict[int, Weight] = {}
+    weights: dict[int, list[Weight]] = {}
 
     def branch(jaxpr: Any) -> Any:
         def run(operands: list[Any], key: Any) -> list[Any]:
             inner = ctx.inside(key)
             outs = evaluate(jaxpr, operands, inner, fixed=fixed, live=live)
-            weights.update((i, x) for i, x in enumerate(outs) if isinstance(x, Weight))
+            for i, x in enumerate(outs):
+                if isinstance(x, Weight):
+                    weights.setdefault(i, []).append(x)
             return [densify(inner, x, "cond's output") for x in outs]
 
         return run
 
     outs = lax.switch(index, [branch(j) for j in eqn.params["branches"]], list(operands), ctx.next_key())
-    return [derived(x, [weights[i]]) if ctx.tracing and i in weights else x for i, x in enumerate(outs)]
+    return [derived(x, weights[i]) if ctx.tracing and i in weights else x for i, x in enumerate(outs)]
 
 
 def custom_vjp(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
@@ -174,8 +176,7 @@ def custom_jvp(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         return [densify(ctx, x, "custom_jvp's output") for x in outs]
 
     def as_written(leaves: list[Any]) -> list[Any]:
-        silent = Context(lambda use: None)
-        return ctx.bind(eqn, [densify(silent, x, "custom_jvp") for x in jax.tree.unflatten(tree, leaves)])
+        return ctx.bind(eqn, [densify(Context(None), x, "custom_jvp") for x in jax.tree.unflatten(tree, leaves)])
 
     @call.defjvp
     def rule(primals: Any, tangents: Any) -> Any:

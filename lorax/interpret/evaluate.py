@@ -94,19 +94,18 @@ def densify(ctx: Context, value: Any, reason: str) -> Any:
     """Return a plain array for a value, building an adapted weight and recording for what."""
     if not isinstance(value, Weight):
         return value
-    rows = {(path, axis) for path, axis, batched in value.lookups if batched}
-    ctx.record(
-        Use(
+    if ctx.record is not None:
+        use = Use(
             paths=value.paths,
             kind="embedding" if value.lookups else "other",
             primitive=reason,
-            contracted=frozenset(rows),
+            contracted=frozenset((path, axis) for path, axis, batched in value.lookups if batched),
             free=frozenset().union(*value.origins),
             lookups=value.lookups,
             factored=False,
             reason=f"read by {reason}",
         )
-    )
+        ctx.record(use)
     return dense(value)
 
 

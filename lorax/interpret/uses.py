@@ -7,6 +7,7 @@ ragged_dot. The backward pass is autodiff's of this chain, which associates rank
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -40,8 +41,8 @@ def _origins(weight: Weight, axes: Sequence[int]) -> frozenset[tuple[str, int]]:
 def _record(
     ctx: Context, eqn: Any, kind: str, weight: Weight, contracted: Any, free: Any, batch: Any, reason: str = ""
 ) -> None:
-    ctx.record(
-        Use(
+    if ctx.record is not None:
+        use = Use(
             paths=weight.paths,
             kind=kind,
             primitive=str(eqn.primitive),
@@ -50,8 +51,9 @@ def _record(
             batch=_origins(weight, batch),
             factored=not reason,
             reason=reason,
+            equation=id(eqn),
         )
-    )
+        ctx.record(use)
 
 
 def _entering(ctx: Context, x: Any, term: Term) -> Any:
@@ -84,15 +86,8 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
         return ctx.bind(eqn, [dense(x) if isinstance(x, Weight) else x for x in operands])
     (side,) = sides
     weight, x = operands[side], operands[1 - side]
-    w_contract, w_batch, w_free = tuple(contract[side]), tuple(batch[side]), free[side]
-    x_contract, x_batch = tuple(contract[1 - side]), tuple(batch[1 - side])
-
-    labels: list[Any] = [("x", i) for i in range(jnp.ndim(x))]
-    for mine, its in ((w_contract, x_contract), (w_batch, x_batch)):
-        for a, i in zip(mine, its, strict=True):
-            labels[i] = a
-    x_free = [label for label in labels if isinstance(label, tuple)]
-    wanted = [*w_batch, *(w_free if side == 0 else x_free), *(x_free if side == 0 else w_free)]
+    labels, wanted, block = _labels(side, _hashable(eqn.params["dimension_numbers"]), x.ndim, len(weight.shape))
+    w_contract = contract[side]
     (out,) = eqn.outvars
     dtype = _compute_dtype(weight, x)
     precision = eqn.params["precision"]
@@ -101,26 +96,29 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
 
     (y,) = ctx.bind(eqn, [weight.base if i == side else x for i in range(2)])
     specs = _label_specs(weight, x, labels, y, wanted)
-    thin, thin_labels, thin_wanted = (x, labels, wanted) if specs else _as_rows(ctx, x, labels, wanted)
+    thin, thin_labels, thin_wanted = (x, labels, wanted) if specs else _as_rows(ctx, x, labels, wanted, block)
     thin = cast(thin, dtype)
     for i, term in enumerate(weight.terms):
+        if i == 0 and len(term.factors) == 1:
+            continue
         factors = [_cast(f, dtype) for f in term.factors]
         if i == 0:
-            z, z_axes = y, tuple(wanted)
+            z = y
             gains = [f for f in factors[1:] if not any(a in w_contract for a in f.axes)]
             inner = [f for f in factors[1:] if f not in gains]
             if inner:  # a scale along contracted axes belongs on the activation
                 scaled = cast(absorb(cast(x, dtype), labels, inner, ())[0], x.dtype)
                 (z,) = ctx.bind(eqn, [weight.base if i == side else scaled for i in range(2)])
             if gains:
-                z, z_axes = absorb(z, z_axes, [_cast(f, z.dtype) for f in gains], (), specs=specs)
-            z = arrange(z, z_axes, wanted, out.aval.shape)
+                z, z_axes = absorb(z, wanted, [_cast(f, z.dtype) for f in gains], (), specs=specs)
+                z = arrange(z, z_axes, wanted, out.aval.shape)
         else:
             z, z_axes = absorb(
                 _entering(ctx, thin, term), thin_labels, factors, w_contract, precision=precision, specs=specs
             )
-            sizes = {**dict(enumerate(weight.shape)), **dict(zip(z_axes, z.shape, strict=True))}
-            z = arrange(z, z_axes, thin_wanted, [sizes[a] for a in thin_wanted])
+            if z_axes != thin_wanted:
+                sizes = {**dict(enumerate(weight.shape)), **dict(zip(z_axes, z.shape, strict=True))}
+                z = arrange(z, z_axes, thin_wanted, [sizes[a] for a in thin_wanted])
             z = z if z.shape == out.aval.shape else lax.reshape(z, out.aval.shape)
         z = cast(z, y.dtype)
         if specs is not None:
@@ -129,25 +127,54 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     return [y]
 
 
-def _as_rows(ctx: Context, x: Any, labels: Sequence[Any], wanted: Sequence[Any]) -> tuple[Any, list[Any], list[Any]]:
+def _hashable(dimension_numbers: Any) -> Any:
+    return tuple(tuple(tuple(int(a) for a in axes) for axes in pair) for pair in dimension_numbers)
+
+
+@functools.lru_cache(maxsize=4096)
+def _labels(
+    side: int, dimension_numbers: Any, x_ndim: int, w_ndim: int
+) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[int, int] | None]:
+    """Name the axes of a dot_general's activation and of its output by the weight's; find the activation's free block.
+
+    Returns:
+      The activation's labels, the output's, and the first and last + 1 of the activation's free axes if there are
+      several side by side.
+    """
+    contract, batch = dimension_numbers
+    labels: list[Any] = [("x", i) for i in range(x_ndim)]
+    for pair in (contract, batch):
+        for a, i in zip(pair[side], pair[1 - side], strict=True):
+            labels[i] = a
+    w_free = [a for a in range(w_ndim) if a not in (*contract[side], *batch[side])]
+    x_free = [i for i, a in enumerate(labels) if isinstance(a, tuple)]
+    named = [labels[i] for i in x_free]
+    wanted = [*batch[side], *(w_free if side == 0 else named), *(named if side == 0 else w_free)]
+    together = len(x_free) > 1 and x_free[-1] - x_free[0] == len(x_free) - 1
+    return tuple(labels), tuple(wanted), (x_free[0], x_free[-1] + 1) if together else None
+
+
+def _as_rows(
+    ctx: Context, x: Any, labels: tuple[Any, ...], wanted: tuple[Any, ...], block: tuple[int, int] | None
+) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
     """Join an activation's free axes into rows for the thin products.
 
     Autodiff then gives `dA = xᵀ·(dy·Bᵀ)` and `dB = (x·A)ᵀ·dy` as products of matrices. Over several axes XLA first
     transposes `x` and `dy`: a fifth of a decoder's step on a CPU, see experiments/bench/backward_forms.py.
     """
-    free = [i for i, a in enumerate(labels) if isinstance(a, tuple)]
-    if len(free) < 2 or free[-1] - free[0] != len(free) - 1:
-        return x, list(labels), list(wanted)
-    first, last = free[0], free[-1] + 1
+    if block is None:
+        return x, labels, wanted
+    first, last = block
     shape = (*x.shape[:first], math.prod(x.shape[first:last]), *x.shape[last:])
-    rows = ctx.once(("rows", first, last), x, lambda: lax.reshape(x, shape))
-    kept = lambda axes: [("rows",) if a == labels[first] else a for a in axes if a not in labels[first + 1 : last]]
-    return rows, kept(labels), kept(wanted)
+    rows = ctx.once(("rows", block), x, lambda: lax.reshape(x, shape))
+    at = wanted.index(labels[first])
+    n = last - first
+    return rows, (*labels[:first], ("rows",), *labels[last:]), (*wanted[:at], ("rows",), *wanted[at + n :])
 
 
 def _label_specs(weight: Weight, x: Any, labels: Sequence[Any], y: Any, wanted: Sequence[Any]) -> Any:
     """Mesh axes of every label where shardings are part of types: an axis is split as it is on x, y or the base."""
-    mesh = compat.explicit_mesh(x, weight.base, y)
+    mesh = compat.explicit_mesh(y)
     if mesh is None:
         return None
     spec = lambda array, names: dict(zip(names, jax.typeof(array).sharding.spec, strict=True))

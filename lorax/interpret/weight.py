@@ -144,52 +144,56 @@ def rebuild(weight: Weight, base: Any, partial: Iterable[Factor], **changes: Any
     return dataclasses.replace(weight, terms=tuple(terms), **{"shape": jnp.shape(base), "dtype": base.dtype, **changes})
 
 
-def multiply(
-    x: Any,
-    x_axes: Sequence[Label],
-    f: Factor,
-    summed: Collection[Label],
-    *,
-    precision: Any = None,
-    specs: dict[Label, Any] | None = None,
-) -> tuple[Any, tuple[Label, ...]]:
-    """Multiply two labelled arrays, sum over `summed`; shared labels that are kept go side by side.
-
-    `specs` holds the mesh axes of each label where sharding is explicit in types.
-    """
-    if all(a in x_axes and a not in summed for a in f.axes):  # a scalar or a scale along existing axes
-        order = sorted(range(len(f.axes)), key=lambda i: x_axes.index(f.axes[i]))
-        where = [x_axes.index(f.axes[i]) for i in order]
-        if specs is not None:
-            f = Factor(_laid_out(f.array, f.axes, specs), f.axes)
-        scale = cast(lax.transpose(f.array, order) if order != sorted(order) else f.array, x.dtype)
-        if f.axes:
-            scale = lax.expand_dims(scale, [i for i in range(len(x_axes)) if i not in where])
-        return lax.mul(x, scale), tuple(x_axes)
-    shared = [a for a in x_axes if a in f.axes]
-    contract = [a for a in shared if a in summed]
-    batch = [a for a in shared if a not in summed]
-    index = lambda axes, labels: tuple(axes.index(a) for a in labels)
-    free = [a for a in x_axes if a not in shared], [a for a in f.axes if a not in shared]
-    out_axes = (*batch, *free[0], *free[1])
-    sharding = None
-    if specs is not None:
-        f = Factor(_laid_out(f.array, f.axes, specs), f.axes)
-        sharding = _sharding(specs, out_axes)
-    out = lax.dot_general(
-        x,
-        f.array,
-        ((index(x_axes, contract), index(f.axes, contract)), (index(x_axes, batch), index(f.axes, batch))),
-        precision=precision,
-        preferred_element_type=x.dtype,
-        out_sharding=sharding,
-    )
-    return out, out_axes
-
-
 def cast(x: Any, dtype: Any) -> Any:
     """Convert an array's dtype, without an equation where there is nothing to do."""
     return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One factor met by an activation: a scale along existing axes, or a product that sums over some."""
+
+    factor: int
+    out_axes: tuple[Label, ...]
+    scale: tuple[tuple[int, ...], tuple[int, ...]] | None  # the factor's axes in the activation's order; axes it lacks
+    dims: Any  # dot_general's dimension numbers
+
+
+@functools.lru_cache(maxsize=4096)
+def contraction(
+    x_axes: tuple[Label, ...], factors: tuple[tuple[Label, ...], ...], contracted: frozenset[Label]
+) -> tuple[tuple[Step, ...], tuple[int, ...]]:
+    """Plan the contraction of an activation with a product of factors; a model has few different ones.
+
+    The activation meets those that it shares a contracted axis with first, and no two factors are multiplied with each
+    other, so that `x·A·B` costs two thin products whatever the axes are. A bond is summed when its last factor is met.
+
+    Returns:
+      The steps, and the axes of the last output that no factor varies along and that are left to sum over.
+    """
+    order = sorted(range(len(factors)), key=lambda i: not contracted.intersection(factors[i]))
+    steps = []
+    for at, i in enumerate(order):
+        f_axes = factors[i]
+        later = {a for j in order[at + 1 :] for a in factors[j]}
+        summed = {a for a in (*x_axes, *f_axes) if (a in contracted or isinstance(a, str)) and a not in later}
+        if all(a in x_axes and a not in summed for a in f_axes):
+            inner = sorted(range(len(f_axes)), key=lambda k: x_axes.index(f_axes[k]))
+            missing = tuple(k for k, a in enumerate(x_axes) if a not in f_axes)
+            steps.append(Step(i, x_axes, (tuple(inner), missing), None))
+            continue
+        shared = [a for a in x_axes if a in f_axes]
+        dims = tuple(
+            tuple(tuple(axes.index(a) for a in shared if (a in summed) == is_summed) for axes in (x_axes, f_axes))
+            for is_summed in (True, False)
+        )
+        x_axes = (
+            *(a for a in shared if a not in summed),
+            *(a for a in x_axes if a not in shared),
+            *(a for a in f_axes if a not in shared),
+        )
+        steps.append(Step(i, x_axes, None, dims))
+    return tuple(steps), tuple(k for k, a in enumerate(x_axes) if a in contracted)
 
 
 def absorb(
@@ -201,20 +205,36 @@ def absorb(
     precision: Any = None,
     specs: dict[Label, Any] | None = None,
 ) -> tuple[Any, tuple[Label, ...]]:
-    """Contract an activation with a product of factors, one after another, those it meets first in front.
+    """Contract an activation with a product of factors, one after another.
 
-    No two factors are multiplied with each other, so that `x·A·B` costs two thin products whatever the axes are.
-    Args: `contracted` are the weight axes to sum over; bonds are summed when their last factor has been met.
+    Args:
+      x: the activation.
+      x_axes: its labels.
+      factors: the factors, of its dtype.
+      contracted: the weight axes to sum over.
+      precision: of the products.
+      specs: the mesh axes of each label, where sharding is explicit in types.
+
+    Returns:
+      The product and its labels.
     """
     x_axes = tuple(x_axes)
-    factors = sorted(factors, key=lambda f: not any(a in contracted for a in f.axes))
-    for i, f in enumerate(factors):
-        later = {a for g in factors[i + 1 :] for a in g.axes}
-        summed = {a for a in (*x_axes, *f.axes) if (a in contracted or isinstance(a, str)) and a not in later}
-        x, x_axes = multiply(x, x_axes, f, summed, precision=precision, specs=specs)
-    rest = [i for i, a in enumerate(x_axes) if a in contracted]  # axes that no factor varies along
+    steps, rest = contraction(x_axes, tuple(f.axes for f in factors), frozenset(contracted))
+    for step in steps:
+        f, x_axes = factors[step.factor], step.out_axes
+        array = f.array if specs is None else _laid_out(f.array, f.axes, specs)
+        if step.scale is not None:
+            inner, missing = step.scale
+            if f.axes:
+                array = lax.expand_dims(lax.transpose(array, inner), missing)
+            x = lax.mul(x, cast(array, x.dtype))
+        else:
+            sharding = None if specs is None else _sharding(specs, x_axes)
+            x = lax.dot_general(
+                x, array, step.dims, precision=precision, preferred_element_type=x.dtype, out_sharding=sharding
+            )
     if rest:
-        x, x_axes = jnp.sum(x, axis=rest), tuple(a for a in x_axes if a not in contracted)
+        x, x_axes = jnp.sum(x, axis=rest), tuple(a for k, a in enumerate(x_axes) if k not in rest)
     return x, x_axes
 
 

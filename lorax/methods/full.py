@@ -43,7 +43,9 @@ class Full(Method):
             return {"value": jnp.array(base, dtype=dtype)}, {}
         value = jnp.zeros(base.shape, dtype)
         if not compat.is_traced(value):
-            raise ValueError(f"{site.path}: Full starts at the base's values, and got abstract params: use jax.eval_shape")
+            raise ValueError(
+                f"{site.path}: Full starts at the base's values, and the params are abstract: use eval_shape"
+            )
         return {"value": value}, {}
 
     def weight(self, w: Expression, *, value: Expression) -> Expression:

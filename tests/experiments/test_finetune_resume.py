@@ -77,14 +77,14 @@ def test_killed_again_and_again_it_ends_with_the_same_losses_and_factors(inputs,
     run_dir = inputs.folder / "killed"
     resumed = []
     # Somewhere after these steps: which part of an update or a checkpoint the kill hits is left to chance.
-    for at in (1, 14, 23, 37):
+    for at in (1, 14, 31):
         process = start(inputs, run_dir)
         wait_for_steps(process, run_dir, at + 1)
         process.kill()
         assert process.wait() == -signal.SIGKILL
         resumed.append(process.communicate()[0])
     resumed.append(finish(start(inputs, run_dir)))
-    assert sum("going on after step" in printed for printed in resumed) >= 3
+    assert sum("going on after step" in printed for printed in resumed) >= 2
     assert_same_run(run_dir, uninterrupted[0], inputs)
 
 

@@ -40,7 +40,7 @@ def per_input_vector_scaled() -> Built:
     return lambda p, x: x @ (p["w"] * p["scale"][:, None]), {"w": normal(3, 5, 7), "scale": normal(4, 5)}, (X,)
 
 
-@entry(factored="w", numbers=24)
+@entry(factored="w", numbers=2 * (5 + 14))
 def per_head_scaled() -> Built:
     """Equalised learning rate and a gain per head."""
 
