@@ -35,10 +35,16 @@ def randomised(adapter: Any, seed: int = 0, scale: float = 0.5) -> Any:
 
 
 def adapter_for(
-    fn: Callable[..., Any], params: Any, *args: Any, method: Any = None, only: str | None = None, seed: int = 0
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    method: Any = None,
+    only: str | None = None,
+    seed: int = 0,
+    **kwargs: Any,
 ) -> Any:
     """A random adapter of all adaptable leaves, or of those that a pattern selects."""
-    sites = lorax.trace(fn, params, *args)
+    sites = lorax.trace(fn, params, *args, **kwargs)
     method = method or lorax.LoRA(rank=2, alpha=3)
     chosen = [s.path for s in sites if not method.refuses(s) and (only is None or re.fullmatch(only, s.path))]
     assert chosen, f"nothing to adapt:\n{sites}"

@@ -63,9 +63,7 @@ def read_config(reader: "GGUFReader") -> LlamaConfig:
         raise ValueError(f"the GGUF file holds the architecture {architecture!r}, wanted 'llama'")
     scaling = _field(reader, "llama.rope.scaling.type", "none")
     if scaling != "none":
-        raise ValueError(
-            f"the GGUF file has llama.rope.scaling.type={scaling!r}, the decoder reads 'none' only"
-        )
+        raise ValueError(f"the GGUF file has llama.rope.scaling.type={scaling!r}, the decoder reads 'none' only")
     tensors = {t.name: t for t in reader.tensors}
     heads, dim = _field(reader, "llama.attention.head_count"), _field(reader, "llama.embedding_length")
     head_dim = _field(reader, "llama.attention.key_length", dim // heads)

@@ -51,9 +51,7 @@ def read_config(directory: pathlib.Path) -> LlamaConfig:
     )
 
 
-def _rope_divisors(
-    rope: dict[str, Any], theta: float, head_dim: int, path: pathlib.Path
-) -> tuple[float, ...] | None:
+def _rope_divisors(rope: dict[str, Any], theta: float, head_dim: int, path: pathlib.Path) -> tuple[float, ...] | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     half = head_dim // 2
     if kind == "default":
@@ -89,8 +87,7 @@ def read_params(directory: pathlib.Path, config: LlamaConfig, dtype: Any) -> dic
             raise ValueError(f"{index} names {file}, which is not in {directory}; fetch the shard")
     with contextlib.ExitStack() as stack:
         shards = {
-            file: stack.enter_context(safe_open(directory / file, framework="np"))
-            for file in set(files.values())
+            file: stack.enter_context(safe_open(directory / file, framework="np")) for file in set(files.values())
         }
 
         def read(tensor: str) -> np.ndarray:

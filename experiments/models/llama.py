@@ -67,9 +67,7 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need an even width")
         if self.rope_divisors is not None and len(self.rope_divisors) != self.head_dim // 2:
-            raise ValueError(
-                f"rope_divisors has {len(self.rope_divisors)} numbers, wanted {self.head_dim // 2}"
-            )
+            raise ValueError(f"rope_divisors has {len(self.rope_divisors)} numbers, wanted {self.head_dim // 2}")
         if self.remat is not None and self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat={self.remat!r} is unknown; choose None or {sorted(REMAT_POLICIES)}")
 
@@ -114,9 +112,7 @@ def rotate(x_BxTxNxH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Arra
     return turned.astype(x_BxTxNxH.dtype)
 
 
-def attend(
-    q_BxTxNxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, mask_BxTxS: jax.Array
-) -> jax.Array:
+def attend(q_BxTxNxH: jax.Array, k_BxSxKxH: jax.Array, v_BxSxKxH: jax.Array, mask_BxTxS: jax.Array) -> jax.Array:
     """Grouped-query attention, softmax in float32.
 
     Args:

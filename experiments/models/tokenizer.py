@@ -51,9 +51,7 @@ class Tokenizer:
         """Text of token ids, special tokens written out; the inverse of `encode`."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
-    def apply_chat_template(
-        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
-    ) -> str:
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False) -> str:
         """Lays out a conversation as text, ready for `encode`.
 
         Args:

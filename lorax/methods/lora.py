@@ -30,7 +30,7 @@ class LoRA(Method):
         embedding's lookup, and a weight that has to be built, have none.
       dtype: dtype of the factors; products are computed in the dtype that the function casts its weight to.
       initializer: of `A`: `uniform` on ±1/√fan_in (PEFT's default), `normal` with standard deviation 1/rank, or
-        `orthogonal` columns.
+        `orthogonal` columns (rows, where the rank is above the fan-in) in each layer.
     """
 
     rank: int = 8
@@ -71,8 +71,9 @@ class LoRA(Method):
         if self.initializer == "normal":
             return jax.random.normal(key, shape, self.dtype) / self.rank
         if self.initializer == "orthogonal":
-            stacked = (site.size("S"), site.size("I"), self.rank)
-            return jax.nn.initializers.orthogonal()(key, stacked, jnp.float32).reshape(shape).astype(self.dtype)
+            keys = jax.random.split(key, site.size("S"))
+            one = lambda k: jax.nn.initializers.orthogonal()(k, (site.size("I"), self.rank), jnp.float32)
+            return jax.vmap(one)(keys).reshape(shape).astype(self.dtype)
         bound = 1 / math.sqrt(site.size("I"))
         return jax.random.uniform(key, shape, self.dtype, -bound, bound)
 

@@ -190,3 +190,49 @@ def _(axis_size, in_batched, w, x):
 def custom_vmap_with_the_weight() -> Built:
     params = {"w": normal(3, 5, 7)}
     return lambda p, x: jax.vmap(lambda row: _dense(p["w"], row))(x) + _dense(p["w"], x), params, (X,)
+
+
+@entry(anything="flat|square")
+def storage_that_mixes_both_sides() -> Built:
+    """A matrix kept as a vector, and one reshaped across its sides."""
+
+    def fn(p, x):
+        return x @ p["flat"].reshape(5, 7) @ p["square"].reshape(7, 6)
+
+    return fn, {"flat": normal(3, 35), "square": normal(4, 6, 7)}, (X,)
+
+
+@entry(factored="down", adaptable="up")
+def absorbed_projection() -> Built:
+    """Latent attention: one leaf expands the latents, and also is absorbed into the queries, head by head."""
+
+    def fn(p, x_BxTxD, q_BxTxHxK):
+        latent_BxTxR = x_BxTxD @ p["down"]
+        keys = (latent_BxTxR @ p["up"]).reshape(2, 3, 2, 4)
+        absorbed = jnp.einsum("bthk,rhk->bthr", q_BxTxHxK, p["up"].reshape(3, 2, 4))
+        return jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, keys), jnp.einsum("bthr,bsr->bhts", absorbed, latent_BxTxR)
+
+    return fn, {"down": normal(3, 5, 3), "up": normal(4, 3, 8)}, (normal(1, 2, 3, 5), normal(2, 2, 3, 2, 4))
+
+
+@entry(factored="w|lora_a|lora_b", numbers=2 * (5 + 7 + 5 + 3 + 3 + 7))
+def model_that_has_adapters_of_its_own() -> Built:
+    params = {"w": normal(3, 5, 7), "lora_a": normal(4, 5, 3), "lora_b": normal(5, 3, 7)}
+    return lambda p, x: x @ p["w"] + x @ p["lora_a"] @ p["lora_b"], params, (X,)
+
+
+@entry(anything="experts", factored="router")
+def experts_averaged_in_weight_space() -> Built:
+    def fn(p, x):
+        gate_E = jax.nn.softmax(x.mean(0) @ p["router"])
+        return x @ jnp.einsum("e,edf->df", gate_E, p["experts"])
+
+    return fn, {"router": normal(3, 5, 3), "experts": normal(4, 3, 5, 7)}, (X,)
+
+
+@entry(factored="w", tol=3e-2)
+def operands_of_two_dtypes() -> Built:
+    def fn(p, x):
+        return lax.dot_general(x, p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    return fn, {"w": normal(3, 5, 7)}, (X.astype(jnp.bfloat16),)
