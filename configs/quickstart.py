@@ -1,4 +1,28 @@
-"""TODO."""
+r"""Can a small language model learn to judge sentences, and to say so in JSON, in minutes on two CPU cores?
+
+    python -m experiments.finetune --config=configs/quickstart.py
+
+SmolLM2-135M-Instruct is asked for the sentiment of sentences rated by people (movie and product reviews, tweets,
+editorials) and trained with LoRA of rank 8 on all linear layers. The test sentences are never trained on.
+
+Measured on two CPU cores that other jobs shared: with 60 steps in place of 40 and evaluations every 15, 10 minutes
+15 seconds at a load of 4 to 8, of which 477 seconds of CPU time; at most 3.1 GB of memory. Of 192 test sentences,
+valid JSON went from 30.2 % to 100 % and accuracy from 20.8 % to 85.4 % (95 % interval 79.7 to 89.7).
+
+The settings were chosen on 256 validation sentences, 40 steps each, by the answers whose tokens are all the most
+probable ones, and by the held-out loss:
+
+    all linear layers, learning rate 1e-3: 87.9 %, 0.032    (taken)
+    all linear layers, learning rate 5e-4: 86.7 %, 0.042
+    query and value,   learning rate 1e-3: 87.5 %, 0.040
+
+The rates are within each other's intervals and the CPU time is alike; the loss decided.
+
+Your own data, chat messages or prompt and completion pairs, one JSON object a line; another model; another rank:
+
+    python -m experiments.finetune --config=configs/quickstart.py --config.run_dir=runs/mine \
+        --config.data.path=mine.jsonl --config.model.source=path/to/model --config.lora.rank=16
+"""
 
 from ml_collections import config_dict
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from lorax.adapter import Adapter, Plan
@@ -173,7 +174,7 @@ class TrainCheckpoints:
         if rng_like is None and "rng" in document["arrays"]:
             rng_like = jax.eval_shape(lambda: jax.random.key(0))
         likes = {**_named("opt_state", opt_state_like, abstract=True), **_named("rng", rng_like, abstract=True)}
-        where = _placed(plan, document, shardings) | {name: getattr(x, "sharding", None) for name, x in likes.items()}
+        where = _placed(plan, document, shardings) | {name: _chosen_sharding(x) for name, x in likes.items()}
         _same_names(path, {n for n in document["arrays"] if not n.startswith(("params/", "state/"))}, set(likes))
         arrays = _read_arrays(path, document, where)
         return TrainState(
@@ -223,6 +224,11 @@ def _adapter(plan: Plan, arrays: Mapping[str, Any]) -> Adapter:
 
 def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _chosen_sharding(like: Any) -> Any:
+    """Return the sharding of an array that was put somewhere on purpose, or None."""
+    return getattr(like, "sharding", None) if getattr(like, "committed", True) else None
 
 
 def _named(prefix: str, tree: Any, abstract: bool = False) -> dict[str, Any]:
@@ -351,7 +357,7 @@ def _read_arrays(path: str, document: Mapping[str, Any], where: Mapping[str, Any
     described = document["arrays"]
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     targets = {
-        name: jax.ShapeDtypeStruct(tuple(d["shape"]), jnp.dtype(d["dtype"]), sharding=where[name] or default)
+        name: jax.ShapeDtypeStruct(tuple(d["shape"]), jnp.dtype(d["dtype"]), sharding=where.get(name) or default)
         for name, d in described.items()
     }
     handler = ocp.CompositeCheckpointHandler(arrays=ocp.StandardCheckpointHandler(), lorax=ocp.JsonCheckpointHandler())
@@ -370,5 +376,7 @@ def _read_arrays(path: str, document: Mapping[str, Any], where: Mapping[str, Any
     now = digests(arrays)
     if edited := [name for name in described if now[name] != described[name]]:
         raise ValueError(f"{path}: tensors were changed after they were saved: {', '.join(edited[:8])}")
+    # Without a sharding, an array is as `init` leaves it: on the default device, free to follow others elsewhere.
+    arrays = {name: x if where.get(name) else jnp.asarray(np.asarray(x)) for name, x in arrays.items()}
     keys = document.get("keys", {})
     return {name: jax.random.wrap_key_data(x, impl=keys[name]) if name in keys else x for name, x in arrays.items()}

@@ -1,5 +1,6 @@
 """Checkpoints: exact round trips, damage that is found, other bases that are refused, and runs that are killed."""
 
+import gc
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
+def copy(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    # Orbax leaves coroutines behind when a file cannot be read; they complain when they are collected.
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield Path(shutil.copytree(saved, tmp_path / "copy"))
+    gc.collect()
 
 
 def refused(path: Path, base: Any = PARAMS, **kwargs: Any) -> str:
@@ -206,15 +212,19 @@ def test_a_directory_without_an_adapter_says_so(what: str, tmp_path: Path) -> No
 
 def survives(path: Path, what: str) -> None:
     """Restoring either says in a ValueError what is wrong, or returns the very adapter."""
+    back, text = attempt(path, PARAMS)
+    assert (back is None) == (str(path) in text), (what, text)
+    if back is not None:
+        assert back.plan == ADAPTER.plan, what
+        assert_identical(back, ADAPTER)
+
+
+def attempt(path: Path, base: Any) -> tuple[Any, str]:
+    """The adapter, or what the ValueError says."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            back = lorax.restore(path, base=PARAMS)
+        return lorax.restore(path, base=base), ""
     except ValueError as error:
-        assert str(path) in str(error), what
-        return
-    assert back.plan == ADAPTER.plan, what
-    assert_identical(back, ADAPTER)
+        return None, str(error)
 
 
 def files(path: Path) -> list[Path]:
@@ -278,7 +288,6 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     handler.save(path / "arrays", args=ocp.args.StandardSave(tensors))
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_missing_tensor_an_extra_one_and_an_edited_one_are_named(copy: Path, saved: Path) -> None:
     rewrite(copy, lambda t: t.pop("params/layers/kernel/b"))
     assert "missing tensors ['params/layers/kernel/b']" in refused(copy)
@@ -291,7 +300,6 @@ def test_a_missing_tensor_an_extra_one_and_an_edited_one_are_named(copy: Path, s
     assert "params/table/b" not in text
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_tensor_of_another_shape_or_dtype_is_never_cut_or_cast(copy: Path, saved: Path) -> None:
     rewrite(copy, lambda t: t.update({"params/table/b": jnp.ones((4, 6))}))
     assert str(copy) in refused(copy)
@@ -327,7 +335,7 @@ def changed(path: str, change: Callable[[Any], Any]) -> Any:
         (changed("steps", lambda x: x + 1), ["steps", "contents"]),
         ({**PARAMS, "spare": jnp.ones(3)}, ["spare", "only in the given base"]),
         ({k: v for k, v in PARAMS.items() if k != "steps"}, ["steps", "only in the saved base"]),
-        ({"model": PARAMS}, ["model/table", "only in the"]),
+        ({"model": PARAMS}, ["model/layers/kernel", "only in the given base"]),
     ],
     ids=["shape", "dtype", "contents", "order", "integer", "extra", "missing", "prefix"],
 )
@@ -488,8 +496,7 @@ def test_a_step_that_is_there_is_left_alone(tmp_path: Path) -> None:
 
 def test_what_is_saved_may_be_donated_or_overwritten_at_once(tmp_path: Path) -> None:
     adapter, opt_state, key = trained(1, *writer.start(), jax.random.key(1))
-    numpy_adapter = adapter.replace(params=jax.tree.map(np.array, adapter.params))
-    want = jax.tree.map(np.array, (adapter, opt_state))
+    numpy_adapter, want = (jax.tree.map(np.array, x) for x in (adapter, (adapter, opt_state)))
     donate = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     checkpoints = TrainCheckpoints(tmp_path)
     checkpoints.save(1, adapter, opt_state=opt_state, base=writer.PARAMS, rng=key)
@@ -526,10 +533,9 @@ def test_a_training_step_is_an_adapter_too(tmp_path: Path) -> None:
     checkpoints = TrainCheckpoints(tmp_path)
     checkpoints.save(1, adapter, opt_state=opt_state, base=writer.PARAMS)
     checkpoints.close()
-    try:
-        back = lorax.restore(tmp_path / "1", base=writer.PARAMS)
-    except ValueError as error:
-        assert str(tmp_path) in str(error)  # noqa: PT017
+    back, text = attempt(tmp_path / "1", writer.PARAMS)
+    if back is None:
+        assert str(tmp_path) in text
     else:
         assert_identical(back, adapter)
 

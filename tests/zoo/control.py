@@ -74,11 +74,15 @@ def switch() -> Built:
     return fn, {k: normal(i, 5, 5) for i, k in enumerate("uvw")}, (X, jnp.int32(1))
 
 
-@entry(adaptable="w")
+@entry(adaptable="w", anything="v")
 def branch_that_chooses_the_weight() -> Built:
-    """The weight itself leaves the conditional."""
-    params = {"w": normal(3, 5, 5)}
-    return lambda p, x, flag: x @ lax.cond(flag, lambda w: w, lambda w: w.T, p["w"]), params, (X, jnp.array(True))
+    """The weight itself leaves the conditional, and one leaf is the other way round in the other branch."""
+
+    def fn(p, x, flag):
+        x = jnp.tanh(x @ lax.cond(flag, lambda w: w, lambda w: 2 * w, p["w"]))
+        return x @ lax.cond(flag, lambda v: v, lambda v: v.T, p["v"])
+
+    return fn, {"w": normal(3, 5, 5), "v": normal(4, 5, 5)}, (X, jnp.array(True))
 
 
 @entry(factored="w", numbers=20, grad=False)

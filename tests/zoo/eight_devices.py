@@ -83,6 +83,27 @@ def check(
     print("ok", title)
 
 
+def data_parallel(where: Mesh) -> None:
+    """Adapt inside a `shard_map` over the batch: each device has its rows, and gradients are summed."""
+    sites = lorax.trace(dense, PARAMS, X_BxD)
+    adapter = lorax.init(jax.random.key(0), lorax.Spec({".*": lorax.LoRA(rank=2)}), sites, PARAMS)
+    adapter = adapter.replace(params=jax.tree.map(lambda a: a + 0.1, adapter.params))
+    loss = lambda run, p, x: jnp.sum(jnp.sin(run(PARAMS, adapter.replace(params=p), x)))
+
+    def local(p, x):
+        value, grad = jax.value_and_grad(lambda p: lax.psum(loss(lorax.adapt(dense), p, x), ("data", "model")))(p)
+        return value, grad
+
+    got = jax.jit(
+        jax.shard_map(local, mesh=where, in_specs=(P(), P(("data", "model"))), out_specs=(P(), P())),
+    )(adapter.params, X_BxD)
+    through_merge = lambda p, a, x: dense(lorax.merge(p, a), x)
+    want = jax.jit(jax.value_and_grad(lambda p: loss(through_merge, p, X_BxD)))(adapter.params)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=10 * TOL, atol=10 * TOL)
+    print("ok adapted inside shard_map")
+
+
 def main() -> None:
     """Run all checks."""
     assert len(jax.devices()) == 8
@@ -101,6 +122,7 @@ def main() -> None:
         {k: lax.with_sharding_constraint(v, NamedSharding(auto, SPECS[k])) for k, v in p.items()}, x
     )
     check("sharding constraint", constrained, put(auto), rows(auto), plain=dense)
+    data_parallel(auto)
 
 
 if __name__ == "__main__":

@@ -275,9 +275,10 @@ def scales_that_reach_a_product_as_batch_axes() -> Built:
         h = jnp.einsum("btd,dhk->bthk", x, p["w"])
         h = jnp.einsum("bthk,k->bthk", h, p["diagonal"]) + jnp.einsum("bthk,hk->bthk", h, p["per_head"])
         source = jnp.einsum("bthk,hk->bth", h, p["source"])
+        source = source + jnp.einsum("bt,h->bth", x.mean(-1), p["outer"])
         return h * jax.nn.softmax(source, axis=1)[..., None] + (h @ p["vector"])[..., None]
 
-    names = {"diagonal": (4,), "per_head": (2, 4), "source": (2, 4), "vector": (4,)}
+    names = {"diagonal": (4,), "per_head": (2, 4), "source": (2, 4), "vector": (4,), "outer": (2,)}
     params = {"w": normal(3, 8, 2, 4)} | {k: normal(i, *s) for i, (k, s) in enumerate(names.items(), 4)}
     return fn, params, (X_BxTxD,)
 
