@@ -1,8 +1,10 @@
 """Checks on a mesh of eight fake devices: `python -m tests.eight_devices CHECK`, in a process of its own.
 
-Prints a line for each check; an assertion fails the process.
+Prints a line for each check; an assertion fails the process. It runs in float64 (JAX_ENABLE_X64=1): in float32, sums
+over devices in another order change the gradients of attention by 1e-3, as much as a mistake might.
 """
 
+import functools
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,14 +22,15 @@ from lorax.checkpoint import TrainCheckpoints
 from lorax.fingerprint import digests
 from tests.agreement import adapter_for, assert_close, assert_identical, how, normal
 
-TOL = 3e-5  # sums over devices in another order
+TOL = 1e-9  # float64, amplified a thousandfold by the attention
 D, F, H, K, L, B, T = 16, 32, 4, 4, 3, 8, 4
+wide = functools.partial(normal, dtype=jnp.float64)
 PARAMS = {
-    "mlp": {"up": normal(1, D, F), "down": normal(2, F, D)},
-    "attn": {n: normal(i, D, H, K) for i, n in enumerate(("query", "key", "value"), 3)} | {"out": normal(6, H, K, D)},
-    "layers": normal(7, L, D, D),
+    "mlp": {"up": wide(1, D, F), "down": wide(2, F, D)},
+    "attn": {n: wide(i, D, H, K) for i, n in enumerate(("query", "key", "value"), 3)} | {"out": wide(6, H, K, D)},
+    "layers": wide(7, L, D, D),
 }  # fmt: skip
-X = normal(8, B, T, D)
+X = wide(8, B, T, D)
 
 SPECS = {
     "tensor parallel": {
@@ -89,7 +92,7 @@ def step(fn: Callable[..., Any]) -> Callable[..., Any]:
 def reference() -> tuple[Any, Any]:
     """The adapter, and value and gradients through the merged weights on one device."""
     fn = model()
-    adapter = adapter_for(fn, PARAMS, X)
+    adapter = adapter_for(fn, PARAMS, X, method=lorax.LoRA(rank=2, alpha=3, dtype="float64"))
     assert len(adapter.params) == 7
     return adapter, jax.device_get(step(lambda p, a, x: fn(lorax.merge(p, a), x))(PARAMS, adapter, X))
 
@@ -198,7 +201,7 @@ def check_fingerprint() -> None:
             layout = lambda name, spec=spec: P() if name == "odd" else spec
             placed = {n: jax.device_put(x, NamedSharding(where, layout(n))) for n, x in arrays.items()}
             assert digests(placed) == want, spec
-            touched = {**placed, "f32": placed["f32"].at[7, 15].add(1e-3)}
+            touched = {**placed, "f32": jax.device_put(arrays["f32"].at[7, 15].add(1e-3), placed["f32"].sharding)}
             assert [n for n, d in digests(touched).items() if d != want[n]] == ["f32"]
     print("ok fingerprint")
 
@@ -213,5 +216,6 @@ CHECKS = {
 
 if __name__ == "__main__":
     assert len(jax.devices()) == 8
+    assert X.dtype == jnp.float64
     for name in sys.argv[1:]:
         CHECKS[name]()

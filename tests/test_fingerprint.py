@@ -56,9 +56,9 @@ def test_any_dtype_has_a_digest_that_its_contents_decide(dtype: str) -> None:
     assert digest(jnp.asarray(rows)) == found["digest"]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "int32", "uint16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8"])
 def test_each_bit_of_each_element_counts(dtype: str) -> None:
-    x = np.asarray(array(dtype, shape=(3, 4)))
+    x = np.asarray(array(dtype, shape=(2, 2)))
     bits = np.dtype(f"uint{8 * x.dtype.itemsize}")
     seen = {digest(jnp.asarray(x))}
     flipped = []
