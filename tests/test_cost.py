@@ -90,7 +90,6 @@ def test_flops_are_those_of_lora_written_by_hand() -> None:
 
 def test_temporary_memory_is_that_of_lora_written_by_hand() -> None:
     assert memory("lorax") <= MEMORY_OVER_HAND * memory("by hand")
-    assert memory("merged") > MEMORY_OVER_HAND * memory("by hand"), "the figure tells forms apart"
 
 
 def test_arguments_and_results_are_no_larger() -> None:
