@@ -373,10 +373,10 @@ def _read_arrays(path: str, document: Mapping[str, Any], where: Mapping[str, Any
             arrays = checkpointer.restore(path, args=args)["arrays"]
         except Exception as error:  # as above
             raise ValueError(f"{path} is damaged: a tensor cannot be read: {error}") from error
+    # Without a sharding, an array is as `init` leaves it: on the default device, free to follow others elsewhere.
+    arrays = {name: x if where.get(name) else jnp.asarray(np.asarray(x)) for name, x in arrays.items()}
     now = digests(arrays)
     if edited := [name for name in described if now[name] != described[name]]:
         raise ValueError(f"{path}: tensors were changed after they were saved: {', '.join(edited[:8])}")
-    # Without a sharding, an array is as `init` leaves it: on the default device, free to follow others elsewhere.
-    arrays = {name: x if where.get(name) else jnp.asarray(np.asarray(x)) for name, x in arrays.items()}
     keys = document.get("keys", {})
     return {name: jax.random.wrap_key_data(x, impl=keys[name]) if name in keys else x for name, x in arrays.items()}

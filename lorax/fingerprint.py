@@ -26,10 +26,20 @@ def digests(tree: Any) -> dict[str, dict[str, Any]]:
     [2, 3]
     """
     leaves = {path: x for path, x in paths.flatten(tree)[0].items() if paths.is_array(x)}
-    sums = jax.device_get(_sums(list(leaves.values())))
+    groups: dict[Any, list[str]] = {}  # arrays that live on different devices do not meet in one program
+    for path, x in leaves.items():
+        groups.setdefault(frozenset(x.sharding.device_set) if isinstance(x, jax.Array) else None, []).append(path)
+    sums = {}
+    for group in groups.values():
+        sums.update(zip(group, _sums([leaves[path] for path in group]), strict=True))
+    sums = jax.device_get(sums)
     return {
-        path: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": f"{int(s[0]):08x}{int(s[1]):08x}"}
-        for (path, x), s in zip(leaves.items(), sums, strict=True)
+        path: {
+            "shape": list(x.shape),
+            "dtype": str(x.dtype),
+            "digest": f"{int(sums[path][0]):08x}{int(sums[path][1]):08x}",
+        }
+        for path, x in leaves.items()
     }
 
 

@@ -10,7 +10,7 @@ from hypothesis import Phase, given, note, settings
 from hypothesis import strategies as st
 
 import lorax
-from lorax.interpret.weight import Expression, Factor, Term, absorb, dense, leaf_weight, multiply, rebuild
+from lorax.interpret.weight import Expression, Factor, Term, absorb, contraction, dense, leaf_weight, rebuild
 from tests.agreement import BF16_TOL, adapter_for, assert_agrees, equations, how, normal
 from tests.layout_chains import Chain, chains
 
@@ -94,21 +94,29 @@ def test_rebuild_replaces_arrays_in_order() -> None:
     np.testing.assert_allclose(dense(twice), 2 * W + 8 * 0.5 * AB, rtol=EXACT)
 
 
-def test_multiply_sums_shared_labels_or_keeps_them_side_by_side() -> None:
+def test_absorb_sums_contracted_labels_and_keeps_others_side_by_side() -> None:
     x_TxSxI, f_SxIxR = normal(1, 5, 3, 4), normal(2, 3, 4, 2)
     labels = [("x", 0), 0, 1]
-    out, axes = multiply(x_TxSxI, labels, Factor(f_SxIxR, (0, 1, "R")), {1})
-    assert axes == (0, ("x", 0), "R")
-    np.testing.assert_allclose(out, jnp.einsum("tsi,sir->str", x_TxSxI, f_SxIxR), atol=EXACT)
-    out, axes = multiply(x_TxSxI, labels, Factor(f_SxIxR, (0, 1, "R")), {0, 1})
+    out, axes = absorb(x_TxSxI, labels, [Factor(f_SxIxR, (0, 1, "R")), Factor(jnp.ones(2), ("R",))], {1})
+    assert axes == (0, ("x", 0))
+    np.testing.assert_allclose(out, jnp.einsum("tsi,sir->st", x_TxSxI, f_SxIxR), atol=EXACT)
+    out, axes = absorb(x_TxSxI, labels, [Factor(f_SxIxR, (0, 1, 2))], {0, 1})
+    assert axes == (("x", 0), 2)
     np.testing.assert_allclose(out, jnp.einsum("tsi,sir->tr", x_TxSxI, f_SxIxR), atol=EXACT)
 
 
-def test_multiply_by_a_scale_broadcasts_along_its_labels() -> None:
+def test_absorbing_a_scale_broadcasts_along_its_labels() -> None:
     x_TxSxI, scale_IxS = normal(1, 5, 3, 4), normal(2, 4, 3)
-    out, axes = multiply(x_TxSxI, [("x", 0), 0, 1], Factor(scale_IxS, (1, 0)), ())
+    out, axes = absorb(x_TxSxI, [("x", 0), 0, 1], [Factor(scale_IxS, (1, 0))], ())
     assert axes == (("x", 0), 0, 1)
     np.testing.assert_allclose(out, x_TxSxI * scale_IxS.T, atol=EXACT)
+
+
+def test_a_bond_is_summed_when_its_last_factor_is_met() -> None:
+    steps, rest = contraction((("x", 0), 0), (("R", 1), ("R",), (0, "R")), frozenset({0}))
+    assert [s.factor for s in steps] == [2, 0, 1], "the factor with the contracted axis is met first"
+    assert [s.out_axes for s in steps] == [(("x", 0), "R"), ("R", ("x", 0), 1), (("x", 0), 1)]
+    assert not rest
 
 
 def test_absorb_sums_axes_along_which_no_factor_varies() -> None:
