@@ -83,7 +83,7 @@ def capacity_mixture() -> Built:
     def fn(p, x_TxD):
         gate_TxE = jax.nn.softmax(x_TxD @ p["router"])
         expert_TxE = jax.nn.one_hot(jnp.argmax(gate_TxE, 1), 3)
-        place_TxE = (jnp.cumsum(expert_TxE, 0) - 1) * expert_TxE
+        place_TxE = ((jnp.cumsum(expert_TxE, 0) - 1) * expert_TxE).astype(jnp.int32)
         dispatch_TxExC = expert_TxE[..., None] * jax.nn.one_hot(place_TxE, 4)
         x_ExCxD = jnp.einsum("tec,td->ecd", dispatch_TxExC, x_TxD)
         h = jnp.tanh(jnp.einsum("ecd,edf->ecf", x_ExCxD, p["up"]))
