@@ -48,13 +48,18 @@ class Context:
         self.fixed: Sequence[bool] = ()
         self.live: Sequence[bool] = ()
         self._drawn = 0
-        self._made: dict[Any, tuple[Any, Any]] = {}
+        self._made: dict[int, tuple[Any, dict[Any, Any]]] = {}
 
     def once(self, name: Any, of: Any, make: Callable[[], Any]) -> Any:
         """Return what was made of a value under this name before, or make it: for sites that read one activation."""
-        if (name, id(of)) not in self._made:
-            self._made[name, id(of)] = of, make()  # holds on to the value, so that its id stays its own
-        return self._made[name, id(of)][1]
+        _, made = self._made.setdefault(id(of), (of, {}))  # holds on to the value, so that its id stays its own
+        if name not in made:
+            made[name] = make()
+        return made[name]
+
+    def forget(self, of: Any) -> None:
+        """Let go of a value that is read no more, and of what was made of it."""
+        self._made.pop(id(of), None)
 
     def inside(self, key: Any) -> Context:
         """Return the context for the body of a control-flow construct."""

@@ -50,7 +50,7 @@ def evaluate(
             continue
         adapted = [v for v in eqn.invars if isinstance(v, compat.Var) and isinstance(env.get(v), Weight)]
         if ctx.tracing:
-            ctx.fixed = [isinstance(v, compat.Literal) or v in known or v in adapted for v in eqn.invars]
+            ctx.fixed = [isinstance(v, compat.Literal) or v in known or _is_whole(env.get(v)) for v in eqn.invars]
             if all(ctx.fixed):
                 known.update(eqn.outvars)
         if not adapted:
@@ -71,8 +71,17 @@ def evaluate(
                 if ctx.tracing and all(v in known for v in eqn.outvars):
                     outs = [derived(out, [env[v] for v in adapted]) for out in outs]
         env.update(zip(eqn.outvars, outs, strict=True))
+        for v in eqn.invars:  # an eager call keeps no activation longer than the plain function does
+            if isinstance(v, compat.Var) and last_use[v] == at:
+                ctx.forget(env.pop(v, None))
+                built.pop(v, None)
     _run(pending, env, last_use, len(jaxpr.eqns))
     return [read(v) if is_live else None for v, is_live in zip(jaxpr.outvars, live, strict=True)]
+
+
+def _is_whole(value: Any) -> bool:
+    """Tell whether a value is a weight and not the rows that an argument looked up in one."""
+    return isinstance(value, Weight) and not any(batched for *_, batched in value.lookups)
 
 
 def derived(out: Any, weights: Sequence[Weight]) -> Any:
@@ -84,7 +93,10 @@ def derived(out: Any, weights: Sequence[Weight]) -> Any:
         (Term((Factor(out, tuple(range(out.ndim))),)),),
         tuple(out.shape),
         out.dtype,
-        tuple(frozenset().union(*(w.origins[i] for w in weights)) for i in range(out.ndim)),
+        tuple(  # an axis that a weight is repeated along is none of its own
+            frozenset().union(*(w.origins[i] for w in weights if w.shape[i] > 1 or n == 1))
+            for i, n in enumerate(out.shape)
+        ),
         tuple(dict.fromkeys(path for w in weights for path in w.paths)),
         frozenset().union(*(w.lookups for w in weights)),
     )
@@ -130,3 +142,6 @@ def _run(eqns: Sequence[Any], env: dict[Any, Any], last_use: dict[Any, int], unt
     read = dict.fromkeys(v for eqn in eqns for v in eqn.invars if isinstance(v, compat.Var) and v not in defined)
     kept = [v for eqn in eqns for v in eqn.outvars if last_use.get(v, -1) >= until]
     env.update(zip(kept, compat.evaluate_equations(eqns, list(read), kept, [env[v] for v in read]), strict=True))
+    for v in read:
+        if last_use[v] < until:
+            del env[v]

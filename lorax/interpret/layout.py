@@ -125,7 +125,7 @@ def _broadcast_in_dim(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
         return NotImplemented
     shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     new = {old: i for old, i in enumerate(dims) if operands[0].shape[old] == shape[i]}
-    sources = [tuple(old for old, j in enumerate(dims) if i == j) for i in range(len(shape))]
+    sources = [tuple(old for old, j in new.items() if i == j) for i in range(len(shape))]  # a repeated one is none
     return _moved(ctx, eqn, operands, lambda f: _relabelled(f, new), sources)
 
 

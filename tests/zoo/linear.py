@@ -253,6 +253,24 @@ def position_tables() -> Built:
     return fn, params, (tokens(1, 11, 2, 3),)
 
 
+@entry(factored="word|rows|w", kinds={"word": "embedding", "rows": "embedding"})
+def embeddings_summed_before_a_product() -> Built:
+    """What was looked up is an activation, and a table added to it no part of a weight."""
+
+    def fn(p, ids):
+        return (p["word"][ids] * p["gain"] + p["position"] + p["rows"][ids % 3] + p["type"][0]) @ p["w"]
+
+    params = {
+        "word": normal(3, 11, 8),
+        "gain": normal(4, 8),
+        "position": normal(5, 3, 8),
+        "rows": normal(6, 3, 8),
+        "type": normal(7, 2, 8),
+        "w": normal(8, 8, 5),
+    }
+    return fn, params, (tokens(1, 11, 2, 3),)
+
+
 @entry(factored="w")
 def position_table_added_before_a_product() -> Built:
     return lambda p, x: (x + p["position"]) @ p["w"], {"position": normal(4, 3, 8), "w": normal(3, 8, 5)}, (X_BxTxD,)

@@ -58,6 +58,17 @@ def weight_norm() -> Built:
     return fn, {"v": normal(3, 5, 7), "g": normal(4, 7)}, (X,)
 
 
+@entry(materialised="v", numbers=2 * (3 * 5 + 7))
+def weight_norm_of_a_convolution_with_a_gain_of_full_rank() -> Built:
+    """The gain has the kernel's rank; what it is repeated along is no fan-in of its own."""
+
+    def fn(p, x):
+        kernel = p["v"] / jnp.linalg.norm(p["v"], axis=(0, 1), keepdims=True) * p["g"]
+        return lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+    return fn, {"v": normal(3, 3, 5, 7), "g": normal(4, 1, 1, 7)}, (normal(1, 2, 6, 5),)
+
+
 @entry(materialised="w", numbers=24)
 def weight_standardisation() -> Built:
     def fn(p, x):
