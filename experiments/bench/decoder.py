@@ -1,4 +1,4 @@
-"""A plain-JAX decoder with unrolled layers, in two forms: unchanged, and with LoRA written into its layers by hand.
+"""Decoders with unrolled layers: in plain JAX, unchanged or with LoRA written into its layers by hand; linen; nnx.
 
 Axes: B batch, T tokens, D model, H query heads, G key/value heads, K head, F feed-forward, V vocabulary, R rank.
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,3 +115,59 @@ def loss(logits_BxTxV: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
     """Mean cross-entropy of the next token, in nats."""
     logp = jax.nn.log_softmax(logits_BxTxV[:, :-1].astype(jnp.float32))
     return -jnp.mean(jnp.take_along_axis(logp, tokens_BxT[:, 1:, None], axis=-1))
+
+
+class _LinenDecoder(nn.Module):
+    shape: Shape
+
+    @nn.compact
+    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+        shape = self.shape
+        x_BxTxD = nn.Embed(shape.vocabulary, shape.d_model)(tokens_BxT)
+        causal = nn.make_causal_mask(tokens_BxT)
+        for _ in range(shape.layers):
+            x_BxTxD = x_BxTxD + nn.MultiHeadDotProductAttention(shape.heads)(nn.RMSNorm()(x_BxTxD), mask=causal)
+            h = nn.RMSNorm()(x_BxTxD)
+            h = nn.silu(nn.Dense(shape.d_ff)(h)) * nn.Dense(shape.d_ff)(h)
+            x_BxTxD = x_BxTxD + nn.Dense(shape.d_model)(h)
+        return nn.Dense(shape.vocabulary)(nn.RMSNorm()(x_BxTxD))
+
+
+class _NnxLayer(nnx.Module):
+    def __init__(self, shape: Shape, rngs: nnx.Rngs) -> None:
+        d = shape.d_model
+        self.norm_attn, self.norm_mlp = nnx.RMSNorm(d, rngs=rngs), nnx.RMSNorm(d, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(shape.heads, d, decode=False, rngs=rngs)
+        self.gate, self.up = nnx.Linear(d, shape.d_ff, rngs=rngs), nnx.Linear(d, shape.d_ff, rngs=rngs)
+        self.down = nnx.Linear(shape.d_ff, d, rngs=rngs)
+
+    def __call__(self, x_BxTxD: jax.Array, causal: jax.Array) -> jax.Array:
+        x_BxTxD = x_BxTxD + self.attention(self.norm_attn(x_BxTxD), mask=causal)
+        h = self.norm_mlp(x_BxTxD)
+        return x_BxTxD + self.down(nnx.silu(self.gate(h)) * self.up(h))
+
+
+class _NnxDecoder(nnx.Module):
+    def __init__(self, shape: Shape, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(shape.vocabulary, shape.d_model, rngs=rngs)
+        self.layers = nnx.List([_NnxLayer(shape, rngs) for _ in range(shape.layers)])
+        self.norm = nnx.RMSNorm(shape.d_model, rngs=rngs)
+        self.head = nnx.Linear(shape.d_model, shape.vocabulary, rngs=rngs)
+
+    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+        x_BxTxD, causal = self.embed(tokens_BxT), nn.make_causal_mask(tokens_BxT)
+        for layer in self.layers:
+            x_BxTxD = layer(x_BxTxD, causal)
+        return self.head(self.norm(x_BxTxD))
+
+
+def unrolled(form: str, shape: Shape) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
+    """Return `fn(params, tokens_BxT) -> logits_BxTxV` and its abstract params: `plain JAX`, `linen` or `nnx`."""
+    if form == "linen":
+        model = _LinenDecoder(shape)
+        params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+        return lambda p, tokens: model.apply({"params": p}, tokens), params
+    if form == "nnx":
+        graph, params = nnx.split(nnx.eval_shape(lambda: _NnxDecoder(shape, nnx.Rngs(0))))
+        return lambda p, tokens: nnx.merge(graph, p)(tokens), params
+    return decoder(shape), jax.eval_shape(lambda: init_params(jax.random.key(0), shape))
