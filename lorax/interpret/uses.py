@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,11 +58,14 @@ def _record(
 
 def _entering(ctx: Context, x: Any, term: Term) -> Any:
     """The activation that enters a product, with the method's dropout when an `rng` was given."""
-    key = ctx.next_key() if term.dropout else None
+    return _dropped(x, term.dropout, ctx.next_key() if term.dropout else None)
+
+
+def _dropped(x: Any, rate: float, key: Any) -> Any:
     if key is None:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - term.dropout, x.shape)
-    return jnp.where(keep, x / (1.0 - term.dropout), jnp.zeros((), x.dtype)).astype(x.dtype)
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
 
 
 def _activation(ctx: Context, x: Any, contracted: Sequence[int], batch: Sequence[int], eqn: Any) -> Any:
@@ -88,43 +91,68 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     weight, x = operands[side], operands[1 - side]
     labels, wanted, block = _labels(side, _hashable(eqn.params["dimension_numbers"]), x.ndim, len(weight.shape))
     w_contract = contract[side]
-    (out,) = eqn.outvars
-    dtype = _compute_dtype(weight, x)
     precision = eqn.params["precision"]
     if isinstance(precision, tuple) and side == 0:
         precision = precision[::-1]
-
-    (y,) = ctx.bind(eqn, [weight.base if i == side else x for i in range(2)])
+    dtype = _compute_dtype(weight, x)
+    gains = weight.terms[0].factors[1:]
+    inner = [f for f in gains if any(a in w_contract for a in f.axes)]
+    entering = x
+    if inner:  # a scale along contracted axes belongs on the activation
+        entering = cast(absorb(cast(x, dtype), labels, [_cast(f, dtype) for f in inner], ())[0], x.dtype)
+    (y,) = ctx.bind(eqn, [weight.base if i == side else entering for i in range(2)])
     specs = _label_specs(weight, x, labels, y, wanted)
-    thin, thin_labels, thin_wanted = (x, labels, wanted) if specs else _as_rows(ctx, x, labels, wanted, block)
-    thin = cast(thin, dtype)
-    for i, term in enumerate(weight.terms):
-        if i == 0 and len(term.factors) == 1:
-            continue
-        factors = [_cast(f, dtype) for f in term.factors]
+    rows = (x, labels, wanted) if specs else _as_rows(ctx, x, labels, wanted, block)
+    plan = _Plan(*rows[1:], wanted, frozenset(w_contract), weight.shape, dtype, precision, specs)
+    terms = (Term(tuple(f for f in gains if f not in inner)), *weight.terms[1:])
+    keys = [ctx.next_key() if t.dropout else None for t in terms]
+    return [_add_products(y, rows[0], terms, keys, plan=plan)]
+
+
+class _Plan(NamedTuple):
+    """What is static about the products of an activation with an adapted weight's arrays."""
+
+    x_labels: tuple[Any, ...]
+    wanted: tuple[Any, ...]  # of a product
+    y_labels: tuple[Any, ...]
+    contracted: frozenset[int]
+    sizes: tuple[int, ...]  # of the weight's axes
+    dtype: Any
+    precision: Any
+    specs: tuple[tuple[Any, Any], ...] | None
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _add_products(y: Any, x: Any, terms: Sequence[Term], keys: Sequence[Any], *, plan: _Plan) -> Any:
+    """Scale the base product by the first term's arrays and add the products of `x` with the other terms.
+
+    A function of its own in the program, because a model has few different ones: each is traced, differentiated and
+    lowered once, whatever the number of layers.
+    """
+    specs = None if plan.specs is None else dict(plan.specs)
+    typeof_y = jax.typeof(y)
+    kept = lambda z: cast(z, typeof_y.dtype) if specs is None else jax.sharding.reshard(z, typeof_y.sharding)
+    x = cast(x, plan.dtype)
+    for i, (term, key) in enumerate(zip(terms, keys, strict=True)):
         if i == 0:
-            z = y
-            gains = [f for f in factors[1:] if not any(a in w_contract for a in f.axes)]
-            inner = [f for f in factors[1:] if f not in gains]
-            if inner:  # a scale along contracted axes belongs on the activation
-                scaled = cast(absorb(cast(x, dtype), labels, inner, ())[0], x.dtype)
-                (z,) = ctx.bind(eqn, [weight.base if i == side else scaled for i in range(2)])
-            if gains:
-                z, z_axes = absorb(z, wanted, [_cast(f, z.dtype) for f in gains], (), specs=specs)
-                z = arrange(z, z_axes, wanted, out.aval.shape)
-        else:
-            z, z_axes = absorb(
-                _entering(ctx, thin, term), thin_labels, factors, w_contract, precision=precision, specs=specs
-            )
-            if z_axes != thin_wanted:
-                sizes = {**dict(enumerate(weight.shape)), **dict(zip(z_axes, z.shape, strict=True))}
-                z = arrange(z, z_axes, thin_wanted, [sizes[a] for a in thin_wanted])
-            z = z if z.shape == out.aval.shape else lax.reshape(z, out.aval.shape)
-        z = cast(z, y.dtype)
-        if specs is not None:
-            z = jax.sharding.reshard(z, jax.typeof(y).sharding)
-        y = z if i == 0 else lax.add(y, z)
-    return [y]
+            gains = [_cast(f, y.dtype) for f in term.factors]
+            z, z_axes = absorb(y, plan.y_labels, gains, (), specs=specs)
+            y = kept(arrange(z, z_axes, plan.y_labels, y.shape))
+            continue
+        factors = [_cast(f, plan.dtype) for f in term.factors]
+        z, z_axes = absorb(
+            _dropped(x, term.dropout, key),
+            plan.x_labels,
+            factors,
+            plan.contracted,
+            precision=plan.precision,
+            specs=specs,
+        )
+        if z_axes != plan.wanted:
+            sizes = {**dict(enumerate(plan.sizes)), **dict(zip(z_axes, z.shape, strict=True))}
+            z = arrange(z, z_axes, plan.wanted, [sizes[a] for a in plan.wanted])
+        y = lax.add(y, kept(cast(lax.reshape(z, y.shape), y.dtype)))
+    return y
 
 
 def _hashable(dimension_numbers: Any) -> Any:
@@ -178,7 +206,8 @@ def _label_specs(weight: Weight, x: Any, labels: Sequence[Any], y: Any, wanted: 
     if mesh is None:
         return None
     spec = lambda array, names: dict(zip(names, jax.typeof(array).sharding.spec, strict=True))
-    return {"mesh": mesh, **spec(weight.base, range(len(weight.shape))), **spec(y, wanted), **spec(x, labels)}
+    specs = {"mesh": mesh, **spec(weight.base, range(len(weight.shape))), **spec(y, wanted), **spec(x, labels)}
+    return tuple(specs.items())
 
 
 def convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
