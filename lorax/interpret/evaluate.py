@@ -45,8 +45,7 @@ def evaluate(
         return v.val if isinstance(v, compat.Literal) else env[v]
 
     for at, eqn in enumerate(jaxpr.eqns):
-        ctx.live = [v in last_use for v in eqn.outvars]
-        if not any(ctx.live) and not eqn.effects:
+        if not (eqn.effects or any(v in last_use for v in eqn.outvars)):
             continue
         adapted = [v for v in eqn.invars if isinstance(v, compat.Var) and isinstance(env.get(v), Weight)]
         if ctx.tracing:
@@ -59,6 +58,7 @@ def evaluate(
         _run(pending, env, last_use, at)
         pending.clear()
         values = [read(v) for v in eqn.invars]
+        ctx.live = [v in last_use for v in eqn.outvars]
         with compat.equation_context(eqn):
             rule = RULES.get(eqn.primitive)
             outs = NotImplemented if rule is None else rule(ctx, eqn, values)

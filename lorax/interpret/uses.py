@@ -80,11 +80,11 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     """`dot_general` with the weight as either operand; a product of two weights takes both dense."""
     contract, batch = eqn.params["dimension_numbers"]
     operands = [_activation(ctx, x, contract[i], batch[i], eqn) for i, x in enumerate(operands)]
-    free = [[a for a in range(jnp.ndim(x)) if a not in (*contract[i], *batch[i])] for i, x in enumerate(operands)]
     sides = [i for i, x in enumerate(operands) if isinstance(x, Weight)]
     reason = "" if len(sides) == 1 else "a product of two parameters"
-    for i in sides:
-        _record(ctx, eqn, "linear", operands[i], contract[i], free[i], batch[i], reason)
+    for i in sides if ctx.record else ():
+        free = [a for a in range(operands[i].ndim) if a not in (*contract[i], *batch[i])]
+        _record(ctx, eqn, "linear", operands[i], contract[i], free, batch[i], reason)
     if len(sides) != 1:
         return ctx.bind(eqn, [dense(x) if isinstance(x, Weight) else x for x in operands])
     (side,) = sides
