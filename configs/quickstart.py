@@ -5,9 +5,9 @@ r"""Can a small language model learn to judge sentences, and to say so in JSON, 
 SmolLM2-135M-Instruct is asked for the sentiment of sentences rated by people (movie and product reviews, tweets,
 editorials) and trained with LoRA of rank 8 on all linear layers. The test sentences are never trained on.
 
-Measured on two CPU cores: 5 minutes from `make quickstart` in a clean clone to the report (8 minutes of processor time),
-and at most 3.1 GB of memory. Of 192 test sentences, valid JSON went from 30.2 % to 100 % and accuracy from
-20.8 % to 89.6 % (95 % interval 84.5 to 93.2); the held-out loss from 0.471 to 0.036.
+Measured on two CPU cores: 5 minutes from `make quickstart` in a clean clone to the report, 8 minutes of processor time,
+and at most 3.1 GB of memory. Of 192 test sentences, valid JSON went from 30.2 % to 100 % and accuracy from 20.8 % to
+89.6 % (95 % interval 84.5 to 93.2); the held-out loss from 0.471 to 0.036.
 
 The settings were chosen on 256 validation sentences, 40 steps each, by the answers whose tokens are all the most
 probable ones, and by the held-out loss:
