@@ -26,9 +26,11 @@ def merge(params: Any, adapter: Adapter) -> Any:
       A plain pytree shaped like `params`.
 
     Raises:
-      ValueError: the adapter belongs to other params, or holds a number that is not finite.
+      ValueError: the adapter belongs to other params, one of its methods has no merged weight, or it holds a number
+        that is not finite.
     """
     leaves, tree = base_leaves(params, adapter.sites)
+    _refuse_unmergeable(adapter)
     _refuse_non_finite(adapter)
     for site, method in adapter.plan.entries:
         leaves[site.path] = dense(method.leaf(site, leaves[site.path], adapter.arrays(site.path)))
@@ -45,6 +47,7 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
       ValueError: the adapter belongs to other params, or one of its methods has no inverse.
     """
     leaves, tree = base_leaves(merged, adapter.sites)
+    _refuse_unmergeable(adapter)
     _refuse_non_finite(adapter)
     weights = {
         site.path: method.leaf(site, leaves[site.path], adapter.arrays(site.path))
@@ -66,6 +69,13 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
             base = base / (dense(ones) - dense(zero))
         leaves[path] = base.astype(leaves[path].dtype)
     return jax.tree.unflatten(tree, list(leaves.values()))
+
+
+def _refuse_unmergeable(adapter: Adapter) -> None:
+    entries = [(site.path, type(method).__name__) for site, method in adapter.plan.entries if not method.is_mergeable]
+    if entries:
+        listed, kinds = ", ".join(path for path, _ in entries), ", ".join(sorted({kind for _, kind in entries}))
+        raise ValueError(f"{kinds} has no merged weight, at {listed}: keep the adapter, or leave these out of its spec")
 
 
 def _refuse_non_finite(adapter: Adapter) -> None:

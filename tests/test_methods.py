@@ -436,6 +436,23 @@ def test_a_method_from_outside_is_saved_merged_and_unmerged(method: Any, tmp_pat
     assert_identical(back, adapter)
 
 
+def test_a_method_without_a_merged_weight_says_so() -> None:
+    @lorax.register
+    class Unmerged(lorax.Method):
+        arrays = {"gain": "O"}
+
+        def init(self, key: Any, site: Any, base: Any) -> Any:
+            return {"gain": jnp.ones(site.dims("O"))}, {}
+
+    try:
+        _, params, adapter = made(method=Unmerged())
+        for move in (lorax.merge, lorax.unmerge):
+            with pytest.raises(ValueError, match="Unmerged has no merged weight, at w:"):
+                move(params, adapter)
+    finally:
+        del METHODS["Unmerged"]
+
+
 def test_a_gain_by_hand() -> None:
     fn = lambda p, x: x @ p["w"]
     params, x = {"w": normal(1, 6, 5)}, normal(2, 3, 6)

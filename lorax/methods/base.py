@@ -51,7 +51,12 @@ class Method:
 
     def weight(self, w: Expression, *args: Any, **arrays: Any) -> Expression:
         """Return the merged weight as an expression of the base `w` and the method's arrays: the method's meaning."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no merged weight")
+
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether the method has a merged weight."""
+        return type(self).weight is not Method.weight
 
     def leaf(self, site: Site, base: Any, arrays: Mapping[str, Any]) -> Weight:
         """Return a leaf's adapted weight."""
