@@ -155,6 +155,15 @@ def explicit_mesh(x: Any) -> Any:
     return mesh if mesh is not None and jax.sharding.AxisType.Explicit in (mesh.axis_types or ()) else None
 
 
+def is_partitioned(x: Any) -> bool:
+    """Tell whether an array's type names a mesh that the compiler may split it over, in whatever way."""
+    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    if mesh is None:
+        return False
+    manual = jax.sharding.AxisType.Manual
+    return any(n > 1 and kind != manual for n, kind in zip(mesh.axis_sizes, mesh.axis_types or (), strict=True))
+
+
 def is_traced(x: Any) -> bool:
     """Tell whether an array has no value yet."""
     return isinstance(x, core.Tracer)

@@ -4,7 +4,9 @@ Prints a line for each check; an assertion fails the process. It runs in float64
 over devices in another order change the gradients of attention by 1e-3, as much as a mistake might.
 """
 
+import collections
 import functools
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -183,6 +185,28 @@ def check_restore() -> None:
         print("ok restored without shardings beside a sharded base")
 
 
+def check_collectives() -> None:
+    """An activation that is split along batch and sequence is not gathered: the program is that of LoRA by hand."""
+    where = mesh(AxisType.Auto)
+    fn = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
+    params = put(where, {"up": P(), "down": P()}, PARAMS["mlp"])
+    adapter = jax.device_put(adapter_for(fn, params, X), NamedSharding(where, P()))
+    x = jax.device_put(X, NamedSharding(where, P("data", "model")))
+
+    def by_hand(p: Any, a: Any, x: Any) -> Any:
+        dense = lambda n, x: x @ p[n] + (x @ a.params[n]["a"] * a.state[n]["scale"]) @ a.params[n]["b"]
+        return dense("down", jnp.tanh(dense("up", x)))
+
+    programs = [step(f).lower(params, adapter, x).compile() for f in (lorax.adapt(fn), by_hand)]
+    kinds = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    got, want = (collections.Counter(re.findall(kinds, c.as_text())) for c in programs)
+    assert got == want, (got, want)
+    assert "all-reduce" in want
+    flops, flops_by_hand = (c.cost_analysis()["flops"] for c in programs)
+    assert flops < 1.02 * flops_by_hand
+    print("ok collectives", dict(want))
+
+
 def check_fingerprint() -> None:
     """The digest is the same under any layout."""
     arrays = {
@@ -212,6 +236,7 @@ CHECKS = {
     "adapter": check_sharded_adapter,
     "restore": check_restore,
     "fingerprint": check_fingerprint,
+    "collectives": check_collectives,
 }
 
 if __name__ == "__main__":

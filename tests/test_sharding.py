@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
-    ("check", "lines"), [("auto", 4), ("explicit", 4), ("adapter", 1), ("restore", 3), ("fingerprint", 1)]
+    ("check", "lines"),
+    [("auto", 4), ("explicit", 4), ("adapter", 1), ("restore", 3), ("fingerprint", 1), ("collectives", 1)],
 )
 def test_on_eight_devices(check: str, lines: int) -> None:
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}

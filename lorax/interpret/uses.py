@@ -102,7 +102,8 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
         entering = cast(absorb(cast(x, dtype), labels, [_cast(f, dtype) for f in inner], ())[0], x.dtype)
     (y,) = ctx.bind(eqn, [weight.base if i == side else entering for i in range(2)])
     specs = _label_specs(weight, x, labels, y, wanted)
-    rows = (x, labels, wanted) if specs else _as_rows(ctx, x, labels, wanted, block)
+    is_split = specs is not None or compat.is_partitioned(y)
+    rows = (x, labels, wanted) if is_split else _as_rows(ctx, x, labels, wanted, block)
     plan = _Plan(*rows[1:], wanted, frozenset(w_contract), weight.shape, dtype, precision, specs)
     terms = (Term(tuple(f for f in gains if f not in inner)), *weight.terms[1:])
     keys = [ctx.next_key() if t.dropout else None for t in terms]
@@ -188,7 +189,8 @@ def _as_rows(
     """Join an activation's free axes into rows for the thin products.
 
     Autodiff then gives `dA = xᵀ·(dy·Bᵀ)` and `dB = (x·A)ᵀ·dy` as products of matrices. Over several axes XLA first
-    transposes `x` and `dy`: a fifth of a decoder's step on a CPU, see experiments/bench/backward_forms.py.
+    transposes `x` and `dy`: a fifth of a decoder's step on a CPU, see experiments/bench/backward_forms.py. Not on a
+    mesh, where the compiler would have to gather an activation that is split along both batch and sequence.
     """
     if block is None:
         return x, labels, wanted
