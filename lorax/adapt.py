@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,11 +14,19 @@ from lorax.adapter import Adapter, base_leaves
 from lorax.interpret.context import Context, Use
 from lorax.interpret.evaluate import densify, evaluate
 from lorax.interpret.stage import Staged, stage
+from lorax.interpret.weight import Weight
+from lorax.sites import Site
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How one site is evaluated: `factored` (the dense weight is never built) or `materialised`, and why."""
+    """How one site is evaluated.
+
+    Attributes:
+      path: the leaf's path.
+      how: `factored` (the merged weight is never built) or `materialised`.
+      reason: the kinds of its uses; what the merged weight was built for.
+    """
 
     path: str
     how: str
@@ -38,9 +47,11 @@ def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]
       strict: refuse to build a dense weight where no rule applies; see `explain`.
 
     Returns:
-      The adapted function. Its keyword `rng` (a PRNG key) turns on the adapter's own dropout and is not handed on.
+      The adapted function. Its keyword `rng` (a PRNG key) turns on the adapter's own dropout, and is handed on where
+      `fn` itself has a parameter of that name; the adapter draws from a stream of its own.
 
     Raises:
+      TypeError: when called: the second argument is no adapter.
       ValueError: when called: the adapter belongs to params of other paths or shapes; under `strict`, a weight would
         have to be built.
 
@@ -52,9 +63,14 @@ def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]
     >>> bool((lorax.adapt(fn)(params, adapter, x) == fn(params, x)).all())
     True
     """
+    own_rng = _parameter(fn, "rng")
+    is_required = own_rng is not None and own_rng.kind is own_rng.KEYWORD_ONLY and own_rng.default is own_rng.empty
 
     @functools.wraps(fn)
     def adapted(params: Any, adapter: Adapter, *args: Any, rng: Any = None, **kwargs: Any) -> Any:
+        _check_is_adapter(adapter, "adapted(params, adapter, ...)")
+        if is_required or (own_rng is not None and rng is not None):
+            kwargs["rng"] = rng
         staged = stage(fn, base_leaves(params, adapter.sites), args, kwargs)
         if strict:
             built = [row for row in _rows(staged, adapter) if row.how == "materialised"]
@@ -63,9 +79,25 @@ def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]
                 raise ValueError(
                     f"strict: these weights would have to be built ({listed}). Adapt others, or drop strict"
                 )
-        return staged.finish(_run(staged, list(staged.params.values()), adapter, staged.args, Context(None, rng)))
+        return staged.finish(_run(staged, _weights(staged, adapter), Context(None, rng)))
 
+    del adapted.__wrapped__  # its signature is not that of `fn`, and `jit` looks there for static arguments
     return adapted
+
+
+def _parameter(fn: Callable[..., Any], name: str) -> inspect.Parameter | None:
+    try:
+        return inspect.signature(fn).parameters.get(name)
+    except (TypeError, ValueError):  # a builtin shows none
+        return None
+
+
+def _check_is_adapter(adapter: Any, call: str) -> None:
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"{call}: the adapter is a {type(adapter).__name__}. It comes from lorax.init or lorax.restore; with new "
+            "trained values it is adapter.replace(params=values)"
+        )
 
 
 def explain(fn: Callable[..., Any], params: Any, adapter: Adapter, *args: Any, **kwargs: Any) -> list[Row]:
@@ -81,37 +113,49 @@ def explain(fn: Callable[..., Any], params: Any, adapter: Adapter, *args: Any, *
     Returns:
       A row a site with `.path`, `.how` (`factored` or `materialised`) and `.reason`.
     """
+    _check_is_adapter(adapter, "explain(fn, params, adapter, ...)")
     return _rows(stage(fn, base_leaves(params, adapter.sites), args, kwargs), adapter)
 
 
-def _run(staged: Staged, leaves: Sequence[Any], adapter: Adapter, args: Sequence[Any], ctx: Context) -> list[Any]:
-    values: dict[str, Any] = dict(zip(staged.params, leaves, strict=True))
-    for site, method in adapter.plan.entries:
-        weight = method.leaf(site, values[site.path], adapter.arrays(site.path))
-        values[site.path] = weight.base if weight.is_plain else weight
-    outs = evaluate(staged.jaxpr, [*values.values(), *args], ctx)
+def _weights(staged: Staged, adapter: Adapter) -> dict[str, Any]:
+    """Return the adapted weights; a leaf that is trained as a whole is a plain array."""
+    weights = {
+        site.path: method.leaf(site, staged.params[site.path], adapter.arrays(site.path))
+        for site, method in adapter.plan.entries
+    }
+    return {path: w.base if w.is_plain else w for path, w in weights.items()}
+
+
+def _run(staged: Staged, weights: Mapping[str, Any], ctx: Context) -> list[Any]:
+    terms = (term for w in weights.values() if isinstance(w, Weight) for term in w.terms)
+    if not any(term.dropout for term in terms):
+        ctx.key = None
+    leaves = {**staged.params, **weights}
+    outs = evaluate(staged.jaxpr, [*leaves.values(), *staged.args], ctx)
     return [densify(ctx, x, "the function's output") for x in outs]
 
 
 def _rows(staged: Staged, adapter: Adapter) -> list[Row]:
     uses: dict[Use, None] = {}
-    ctx = Context(lambda use: uses.setdefault(use))
-    jax.eval_shape(
-        lambda leaves, adapter, args: _run(staged, leaves, adapter, args, ctx),
-        list(staged.params.values()),
-        adapter,
-        list(staged.args),
-    )
-    return [
-        _row(site.path, set(site.stack), [u for u in uses if site.path in u.paths]) for site, _ in adapter.plan.entries
-    ]
+    whole: set[str] = set()
+
+    def run(params: Any, args: Any, adapter: Adapter) -> list[Any]:
+        abstract = dataclasses.replace(staged, params=params, args=args)
+        weights = _weights(abstract, adapter)
+        whole.update(path for path, w in weights.items() if not isinstance(w, Weight))
+        return _run(abstract, weights, Context(lambda use: uses.setdefault(use)))
+
+    jax.eval_shape(run, dict(staged.params), list(staged.args), adapter)
+    sites = [site for site, _ in adapter.plan.entries]
+    trained = lambda site: Row(site.path, "factored", "trained as it is")
+    return [trained(s) if s.path in whole else _row(s, [u for u in uses if s.path in u.paths]) for s in sites]
 
 
-def _row(path: str, stack: set[int], uses: Sequence[Use]) -> Row:
+def _row(site: Site, uses: Sequence[Use]) -> Row:
     # A row that was looked up is a lookup's result, not a weight that had to be built; a layer picked by its number is.
-    looked_up = lambda u: any(p == path and axis not in stack for p, axis, _ in u.lookups)
+    looked_up = lambda u: any(path == site.path and axis not in site.stack for path, axis, _ in u.lookups)
     built = [u for u in uses if not u.factored and not looked_up(u)]
     if built:
-        return Row(path, "materialised", "; ".join(dict.fromkeys(u.reason for u in built)))
+        return Row(site.path, "materialised", "; ".join(dict.fromkeys(u.reason for u in built)))
     kinds = dict.fromkeys(u.kind for u in uses)
-    return Row(path, "factored", ", ".join(kinds) or "not read as a weight by this call")
+    return Row(site.path, "factored", ", ".join(kinds) or "not read by this call")

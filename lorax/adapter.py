@@ -78,7 +78,7 @@ class Adapter:
         return {**self.params[path], **self.state[path]}
 
 
-def init(key: jax.Array, spec: Spec, sites: Sites, params: Any) -> Adapter:
+def init(key: jax.Array, spec: Spec, sites: Iterable[Site], params: Any) -> Adapter:
     """Make an adapter that does not change the function yet.
 
     Pure and traceable: it works under `jit` with output shardings, under `eval_shape`, and with abstract `params`.
@@ -86,15 +86,19 @@ def init(key: jax.Array, spec: Spec, sites: Sites, params: Any) -> Adapter:
     Args:
       key: PRNG key; each site draws from a key of its own, by path, so that adding a site changes no other.
       spec: which sites get which method.
-      sites: from `lorax.trace`.
+      sites: from `lorax.trace`, all or some: `[s for s in sites if s.kind == "linear"]`.
       params: the base, never changed; only `Full` and initialisers that read weights look at its values.
 
     Returns:
       The adapter; `adapted(params, adapter, x)` equals `fn(params, x)`.
 
     Raises:
+      TypeError: `spec` is no `Spec`, or `sites` are no sites.
       ValueError: a pattern selects nothing; `params` has other paths or shapes than `sites`.
     """
+    if not isinstance(spec, Spec):
+        raise TypeError(f"init(key, spec, sites, params): the spec is a {type(spec).__name__}, expected a lorax.Spec")
+    sites = sites if isinstance(sites, Sites) else Sites(sites)
     chosen = spec.resolve(sites)
     leaves, _ = base_leaves(params, [sites[path] for path in chosen])
     wide = [p for p, m in chosen.items() if getattr(m, "rank", 0) > min(sites[p].size("I"), sites[p].size("O"))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -90,7 +90,11 @@ class Site:
 class Sites(Sequence[Site]):
     """The sites of a function, in the order of its parameters; `print` shows a table, `sites[path]` finds one."""
 
-    def __init__(self, sites: Sequence[Site]) -> None:
+    def __init__(self, sites: Iterable[Site]) -> None:
+        sites = list(sites)
+        for s in sites:
+            if not isinstance(s, Site):
+                raise TypeError(f"expected sites, as lorax.trace returns them, and got a {type(s).__name__}")
         self._sites = {s.path: s for s in sites}
 
     def __iter__(self) -> Iterator[Site]:

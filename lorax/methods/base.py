@@ -34,6 +34,8 @@ class Method:
 
     def refuses(self, site: Site) -> str | None:
         """Return why a site cannot be adapted in this way, or None when it can."""
+        if not site.is_floating:
+            return f"{site.dtype} is not floating point"
         return None if site.is_adaptable else "no use contracts one of its axes and leaves another free"
 
     def init(self, key: jax.Array, site: Site, base: Any) -> tuple[Arrays, Arrays]:
@@ -59,10 +61,21 @@ class Method:
         return type(self).weight is not Method.weight
 
     def leaf(self, site: Site, base: Any, arrays: Mapping[str, Any]) -> Weight:
-        """Return a leaf's adapted weight."""
-        named = {
-            name: Expression((Term((Factor(arrays[name], site.axes(dims)),)),)) for name, dims in self.arrays.items()
-        }
+        """Return a leaf's adapted weight.
+
+        Raises:
+          ValueError: an array has another shape than the site and the method say.
+        """
+        named = {}
+        for name, dims in self.arrays.items():
+            array, axes = arrays[name], site.axes(dims)
+            sizes = tuple(n if isinstance(a, str) else site.shape[a] for a, n in zip(axes, array.shape, strict=False))
+            if len(array.shape) != len(axes) or sizes != tuple(array.shape):
+                raise ValueError(
+                    f"{site.path}: the adapter's {name!r} has shape {tuple(array.shape)}, which is not that of "
+                    f"{self} for a weight of shape {site.shape}. Values of several adapters are for jax.vmap"
+                )
+            named[name] = Expression((Term((Factor(array, axes),)),))
         whole = Expression((Term((Factor(base, tuple(range(len(site.shape)))),)),))
         return leaf_weight(site.path, base, self.weight(whole, **named))
 

@@ -43,7 +43,7 @@ class LoRA(Method):
     arrays = {"a": "SIR", "b": "SRO", "scale": ""}
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"LoRA: rank is {self.rank!r}; it has to be a whole number of at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA: dropout is {self.dropout!r}; it has to lie in [0, 1)")
