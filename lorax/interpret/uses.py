@@ -101,6 +101,8 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     if inner:  # a scale along contracted axes belongs on the activation
         entering = cast(absorb(cast(x, dtype), labels, [_cast(f, dtype) for f in inner], ())[0], x.dtype)
     (y,) = ctx.bind(eqn, [weight.base if i == side else entering for i in range(2)])
+    if weight.is_plain:
+        return [y]
     specs = _label_specs(weight, x, labels, y, wanted)
     is_split = specs is not None or compat.is_partitioned(y)
     rows = (x, labels, wanted) if is_split else _as_rows(ctx, x, labels, wanted, block)
