@@ -139,13 +139,13 @@ def _rows(staged: Staged, adapter: Adapter) -> list[Row]:
     uses: dict[Use, None] = {}
     whole: set[str] = set()
 
-    def run(params: Any, args: Any, adapter: Adapter) -> list[Any]:
-        abstract = dataclasses.replace(staged, params=params, args=args)
+    def run(leaves: Sequence[Any], args: Sequence[Any], adapter: Adapter) -> list[Any]:
+        abstract = dataclasses.replace(staged, params=dict(zip(staged.params, leaves, strict=True)), args=args)
         weights = _weights(abstract, adapter)
         whole.update(path for path, w in weights.items() if not isinstance(w, Weight))
         return _run(abstract, weights, Context(lambda use: uses.setdefault(use)))
 
-    jax.eval_shape(run, dict(staged.params), list(staged.args), adapter)
+    jax.eval_shape(run, list(staged.params.values()), list(staged.args), adapter)  # a dict would come back sorted
     sites = [site for site, _ in adapter.plan.entries]
     trained = lambda site: Row(site.path, "factored", "trained as it is")
     return [trained(s) if s.path in whole else _row(s, [u for u in uses if s.path in u.paths]) for s in sites]
