@@ -156,3 +156,27 @@ def test_explain_tells_a_leaf_trained_as_it_is_from_one_not_read() -> None:
     }
     (_, row) = lorax.explain(lambda p, x: x + 1, PARAMS, adapter, X)
     assert (row.how, row.reason) == ("factored", "not read by this call")
+
+
+# Eager calls.
+
+
+def test_an_eager_call_lets_go_of_activations() -> None:
+    """Counted from inside the call, after many residual layers; the last reader of some is no product."""
+    x, alive = normal(3, 3, 5, 7), []
+
+    def count(y: Any) -> Any:
+        alive.append(sum(a.size == y.size for a in jax.live_arrays()))
+        return y
+
+    def fn(p: Any, x: Any) -> Any:
+        for w in p:
+            x = x + jnp.tanh(x @ w)
+        return jax.pure_callback(count, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    params = [normal(i, 7, 7) for i in range(12)]
+    adapter = adapter_for(fn, params, x)
+    fn(params, x)
+    lorax.adapt(fn)(params, adapter, x)
+    plain, adapted = alive
+    assert adapted <= plain + 3

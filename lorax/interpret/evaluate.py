@@ -44,6 +44,13 @@ def evaluate(
     def read(v: Any) -> Any:
         return v.val if isinstance(v, compat.Literal) else env[v]
 
+    def release(variables: Sequence[Any], until: int) -> None:
+        # an eager call keeps no activation longer than the plain function does
+        for v in variables:
+            if isinstance(v, compat.Var) and last_use[v] < until:
+                ctx.forget(env.pop(v, None))
+                built.pop(v, None)
+
     for at, eqn in enumerate(jaxpr.eqns):
         if not (eqn.effects or any(v in last_use for v in eqn.outvars)):
             continue
@@ -55,7 +62,7 @@ def evaluate(
         if not adapted:
             pending.append(eqn)
             continue
-        _run(pending, env, last_use, at)
+        release(_run(pending, env, last_use, at), at)
         pending.clear()
         values = [read(v) for v in eqn.invars]
         ctx.live = [v in last_use for v in eqn.outvars]
@@ -71,10 +78,7 @@ def evaluate(
                 if ctx.tracing and all(v in known for v in eqn.outvars):
                     outs = [derived(out, [env[v] for v in adapted]) for out in outs]
         env.update(zip(eqn.outvars, outs, strict=True))
-        for v in eqn.invars:  # an eager call keeps no activation longer than the plain function does
-            if isinstance(v, compat.Var) and last_use[v] == at:
-                ctx.forget(env.pop(v, None))
-                built.pop(v, None)
+        release(eqn.invars, at + 1)
     _run(pending, env, last_use, len(jaxpr.eqns))
     return [read(v) if is_live else None for v, is_live in zip(jaxpr.outvars, live, strict=True)]
 
@@ -134,14 +138,12 @@ def _last_uses(jaxpr: Any, live: Sequence[bool]) -> dict[Any, int]:
     return last
 
 
-def _run(eqns: Sequence[Any], env: dict[Any, Any], last_use: dict[Any, int], until: int) -> None:
-    """Run equations that no adapted weight reaches; keep what is read at or after equation `until`."""
+def _run(eqns: Sequence[Any], env: dict[Any, Any], last_use: dict[Any, int], until: int) -> list[Any]:
+    """Run equations that no adapted weight reaches; keep what is read at or after `until`; return what they read."""
     if not eqns:
-        return
+        return []
     defined = {v for eqn in eqns for v in eqn.outvars}
     read = dict.fromkeys(v for eqn in eqns for v in eqn.invars if isinstance(v, compat.Var) and v not in defined)
     kept = [v for eqn in eqns for v in eqn.outvars if last_use.get(v, -1) >= until]
     env.update(zip(kept, compat.evaluate_equations(eqns, list(read), kept, [env[v] for v in read]), strict=True))
-    for v in read:
-        if last_use[v] < until:
-            del env[v]
+    return list(read)
