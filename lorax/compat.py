@@ -6,15 +6,15 @@ lorax supports JAX 0.10 to 0.12. Primitives are keyed by object, never by name (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 from jax import core, lax
 from jax.extend import core as jex_core
+from jax.extend import source_info_util
 from jax.extend.core import primitives as prims
 
-Jaxpr = jex_core.Jaxpr
 Literal = jex_core.Literal
 Var = jex_core.Var
 
@@ -97,43 +97,17 @@ reshard_p = _find_reshard_p()
 pvary_p = _find_pvary_p()
 
 
-# Those that hold no function, whose parameters can be bound as they are.
-FIRST_ORDER = frozenset(
-    {
-        dot_general_p,
-        conv_general_dilated_p,
-        gather_p,
-        ragged_dot_p,
-        transpose_p,
-        reshape_p,
-        squeeze_p,
-        broadcast_in_dim_p,
-        slice_p,
-        dynamic_slice_p,
-        convert_element_type_p,
-        mul_p,
-        div_p,
-    }
-)
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Run one equation on other values."""
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return out if eqn.primitive.multiple_results else [out]
 
 
-_DEBUG_INFO = open_jaxpr(jax.make_jaxpr(lambda: ())())[0].debug_info  # a jaxpr has to carry one
-
-
-def evaluate_equations(
-    eqns: Sequence[Any], invars: Sequence[Any], outvars: Sequence[Any], args: Sequence[Any]
-) -> list[Any]:
-    """Run some equations of a jaxpr through JAX's own evaluator.
-
-    Bind parameters, custom derivative rules, effects, name stacks and source locations stay JAX's business.
-    """
-    part = Jaxpr([], list(invars), list(outvars), list(eqns), debug_info=_DEBUG_INFO)
-    return core.eval_jaxpr(part, [], *args)
-
-
-def equation_context(eqn: Any) -> AbstractContextManager[Any]:
-    """Return the context (mesh, compute_on, XLA metadata) that an equation was traced in."""
-    return getattr(getattr(eqn, "ctx", None), "manager", None) or nullcontext()
+def source_context(eqn: Any) -> AbstractContextManager[Any]:
+    """Return a context in which profiles and errors name the modules and lines that an equation comes from."""
+    info = eqn.source_info
+    names = source_info_util.current_name_stack() + info.name_stack
+    return source_info_util.user_context(info.traceback, name_stack=names)
 
 
 def scan_arity(params: dict[str, Any]) -> tuple[int, int]:
@@ -149,19 +123,23 @@ def is_specified(sharding: Any) -> bool:
     return isinstance(sharding, jax.sharding.Sharding)
 
 
+def _mesh(x: Any) -> Any:
+    return getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+
+
 def explicit_mesh(x: Any) -> Any:
     """Return the mesh if the array's type carries a sharding over explicit axes, else None."""
-    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
-    return mesh if mesh is not None and jax.sharding.AxisType.Explicit in (mesh.axis_types or ()) else None
+    mesh = _mesh(x)
+    return mesh if mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types else None
 
 
 def is_partitioned(x: Any) -> bool:
     """Tell whether an array's type names a mesh that the compiler may split it over, in whatever way."""
-    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
-    if mesh is None:
-        return False
-    manual = jax.sharding.AxisType.Manual
-    return any(n > 1 and kind != manual for n, kind in zip(mesh.axis_sizes, mesh.axis_types or (), strict=True))
+    mesh, kinds = _mesh(x), jax.sharding.AxisType
+    return mesh is not None and any(
+        kind == kinds.Explicit or (kind != kinds.Manual and n > 1)
+        for n, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    )
 
 
 def is_traced(x: Any) -> bool:

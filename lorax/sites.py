@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -70,8 +71,11 @@ class Site:
         >>> stacked.axes("SIR")
         (0, 1, 'R')
         """
-        known = {"S": self.stack, "I": self.fan_in, "O": self.fan_out, "W": tuple(range(len(self.shape)))}
-        return tuple(a for letter in dims for a in known.get(letter, (letter,)))
+        return tuple(a for letter in dims for a in self._named_axes.get(letter, (letter,)))
+
+    @functools.cached_property
+    def _named_axes(self) -> dict[str, tuple[int, ...]]:
+        return {"S": self.stack, "I": self.fan_in, "O": self.fan_out, "W": tuple(range(len(self.shape)))}
 
     def dims(self, dims: str, **bonds: int) -> tuple[int, ...]:
         """Return the shape of an array that spans `dims`, with the sizes of its bonds given by letter.

@@ -1,5 +1,6 @@
 """`adapt` and `explain` as calls: keywords, static arguments, wrong arguments."""
 
+import traceback
 from typing import Any
 
 import jax
@@ -159,6 +160,32 @@ def test_explain_tells_a_leaf_trained_as_it_is_from_one_not_read() -> None:
 
 
 # Eager calls.
+
+
+def test_profiles_name_the_modules_that_products_stand_in() -> None:
+    def fn(p: Any, x: Any) -> Any:
+        with jax.named_scope("encoder"), jax.named_scope("query"):
+            return x @ p["w"] + p["b"]
+
+    adapter = adapter_for(fn, PARAMS, X)
+    text = jax.jit(lorax.adapt(fn)).lower(PARAMS, adapter, X).compile().as_text()
+    products = [line for line in text.splitlines() if "dot(" in line or "fusion(" in line]
+    assert products
+    assert all("/encoder/query/" in line for line in products)
+
+
+def test_an_error_in_a_product_names_the_functions_own_line() -> None:
+    """`jax.debug_nans` finds the product after the function was traced."""
+
+    def projection(p: Any, x: Any) -> Any:
+        return plain(p, x)
+
+    adapter = adapter_for(projection, PARAMS, X)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError) as raised:
+        lorax.adapt(projection)(PARAMS, adapter, jnp.inf * jnp.sign(X))
+    cause = raised.value.__cause__
+    assert cause is not None
+    assert "projection" in [frame.f_code.co_name for frame, _ in traceback.walk_tb(cause.__traceback__)]
 
 
 def test_an_eager_call_lets_go_of_activations() -> None:

@@ -402,6 +402,15 @@ def restored(checkpoints: TrainCheckpoints, **kwargs: Any) -> Any:
     return checkpoints.restore(base=writer.PARAMS, opt_state_like=opt_state, **kwargs)
 
 
+def one_step(directory: Path, rng: Any = None) -> Any:
+    """Training checkpoints with a complete step 1, and what is in it."""
+    adapter, opt_state = writer.start()
+    checkpoints = TrainCheckpoints(directory)
+    checkpoints.save(1, adapter, opt_state=opt_state, base=writer.PARAMS, rng=rng)
+    checkpoints.wait()
+    return checkpoints, adapter, opt_state
+
+
 def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     adapter, opt_state, key = trained(2, *writer.start(), jax.random.key(1))
     checkpoints = TrainCheckpoints(tmp_path)
@@ -425,10 +434,7 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_opt_state_may_be_described_by_shapes(tmp_path: Path) -> None:
-    adapter, opt_state = writer.start()
-    checkpoints = TrainCheckpoints(tmp_path)
-    checkpoints.save(1, adapter, opt_state=opt_state, base=writer.PARAMS)
-    checkpoints.wait()
+    checkpoints, adapter, opt_state = one_step(tmp_path)
     like = jax.eval_shape(writer.TX.init, abstract(adapter.params))
     state = checkpoints.restore(base=writer.PARAMS, opt_state_like=like)
     assert_identical(state.opt_state, opt_state)
@@ -438,20 +444,14 @@ def test_opt_state_may_be_described_by_shapes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rng", [jax.random.key(5), jax.random.PRNGKey(5), jax.random.split(jax.random.key(5), 3)])
 def test_typed_and_raw_keys(tmp_path: Path, rng: Any) -> None:
-    adapter, opt_state = writer.start()
-    checkpoints = TrainCheckpoints(tmp_path)
-    checkpoints.save(1, adapter, opt_state=opt_state, base=writer.PARAMS, rng=rng)
-    checkpoints.wait()
+    checkpoints, *_ = one_step(tmp_path, rng)
     assert_identical(restored(checkpoints, rng_like=rng).rng, rng)
     checkpoints.close()
 
 
 def test_a_key_of_another_implementation_and_a_tree_of_keys(tmp_path: Path) -> None:
-    adapter, opt_state = writer.start()
     rng = {"data": jax.random.key(5, impl="rbg"), "dropout": jax.random.key(6), "noise": jnp.ones(3, jnp.bfloat16)}
-    checkpoints = TrainCheckpoints(tmp_path)
-    checkpoints.save(1, adapter, opt_state=opt_state, base=writer.PARAMS, rng=rng)
-    checkpoints.wait()
+    checkpoints, *_ = one_step(tmp_path, rng)
     back = restored(checkpoints, rng_like=rng).rng
     assert_identical(back, rng)
     assert str(jax.random.key_impl(back["data"])) == "rbg"
@@ -513,10 +513,7 @@ def test_what_is_saved_may_be_donated_or_overwritten_at_once(tmp_path: Path) -> 
 
 
 def test_another_optimiser_or_base_is_refused_by_name(tmp_path: Path) -> None:
-    adapter, opt_state = writer.start()
-    checkpoints = TrainCheckpoints(tmp_path)
-    checkpoints.save(1, adapter, opt_state=opt_state, base=writer.PARAMS)
-    checkpoints.wait()
+    checkpoints, adapter, opt_state = one_step(tmp_path)
     with pytest.raises(ValueError, match="tensors") as error:
         checkpoints.restore(base=writer.PARAMS, opt_state_like=optax.sgd(0.1, momentum=0.9).init(adapter.params))
     assert "opt_state" in str(error.value)

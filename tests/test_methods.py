@@ -385,7 +385,20 @@ class ThreeFactors(lorax.Method):
         return w + 0.5 * (a @ core @ b)
 
 
-OWN = [GainedLoRA(rank=3), InputScale(), ThreeFactors()]
+@lorax.register
+class GainsOnBothSides(lorax.Method):
+    """`i∘W∘o` with a gain for each input and each output."""
+
+    arrays = {"into": "SI", "out": "SO"}
+
+    def init(self, key: jax.Array, site: lorax.Site, base: Any) -> Any:
+        return {"into": jnp.ones(site.dims("SI")), "out": jnp.ones(site.dims("SO"))}, {}
+
+    def weight(self, w: Any, *, into: Any, out: Any) -> Any:
+        return into * w * out
+
+
+OWN = [GainedLoRA(rank=3), InputScale(), ThreeFactors(), GainsOnBothSides()]
 
 
 def several(p: Any, ids: Any) -> Any:
@@ -459,6 +472,15 @@ def test_a_gain_by_hand() -> None:
     adapter = adapter_for(fn, params, x, method=GainedLoRA(rank=3))
     gain, a, b = adapter.params["w"]["gain"], adapter.params["w"]["a"], adapter.state["w"]["b"]
     assert_close(lorax.adapt(fn)(params, adapter, x), (x @ params["w"]) * gain + x @ a @ b)
+    assert how(fn, params, adapter, x) == {"w": "factored"}
+
+
+def test_gains_on_both_sides_by_hand() -> None:
+    fn = lambda p, x: x @ p["w"]
+    params, x = {"w": normal(1, 6, 5)}, normal(2, 3, 6)
+    adapter = adapter_for(fn, params, x, method=GainsOnBothSides())
+    into, out = adapter.params["w"]["into"], adapter.params["w"]["out"]
+    assert_close(lorax.adapt(fn)(params, adapter, x), ((x * into) @ params["w"]) * out)
     assert how(fn, params, adapter, x) == {"w": "factored"}
 
 

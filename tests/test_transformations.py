@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import lorax
-from tests.agreement import F32_TOL, adapter_for, assert_agrees, assert_close, normal, randomised, run
+from tests.agreement import F32_TOL, adapter_for, assert_agrees, assert_close, equations, normal, randomised, run
 
 SECOND_TOL = 2e-4  # second derivatives, relative to the largest
 X_BxD = normal(9, 3, 4)
@@ -119,7 +119,7 @@ def test_one_large_product_for_the_base_under_vmap() -> None:
     adapter = adapter_for(plain, PARAMS, X_BxD)
     stacked = jax.tree.map(lambda x: jnp.stack([x] * 5), adapter)
     jaxpr = jax.make_jaxpr(jax.vmap(lambda a: lorax.adapt(plain)(PARAMS, a, X_BxD)))(stacked)
-    shapes = [v.aval.shape for e in jaxpr.eqns if e.primitive is lax.dot_general_p for v in e.invars]
+    shapes = [v.aval.shape for e in equations(jaxpr) if e.primitive is lax.dot_general_p for v in e.invars]
     assert (4, 6) in shapes
     assert (5, 4, 6) not in shapes
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import lorax
+from tests.agreement import equations
 from tests.zoo import leaves_by_path
 from tests.zoo.case import FAST_COMPILE, assert_close, case, randomised
 
@@ -86,18 +87,6 @@ def test_forward_mode(name: str) -> None:
     assert any(np.any(np.asarray(x)) for x in jax.tree.leaves(want))
 
 
-def equations(jaxpr: Any) -> Any:
-    """All equations of a jaxpr and of those inside it."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
-
-
 def unique_sizes() -> tuple[Callable[..., Any], Any, tuple[Any, ...]]:
     """A model in which no activation has the shape of a weight, or of one of its slices."""
     n = lambda i, *s: jax.random.normal(jax.random.key(i), s) * 0.3
@@ -149,7 +138,7 @@ def test_nothing_of_a_weights_shape_is_computed() -> None:
         }
         return {
             (eqn.primitive.name, tuple(sorted(v.aval.shape)))
-            for eqn in equations(jaxpr.jaxpr)
+            for eqn in equations(jaxpr)
             for v in eqn.outvars
             if eqn.primitive.name not in layout and hasattr(v.aval, "shape")
         }
@@ -167,7 +156,7 @@ def test_materialising_stays_inside_the_scan() -> None:
     c = case("weight_norm_inside_a_rematerialised_scan")
     step = jax.make_jaxpr(c.step(lorax.adapt(c.fn)))(c.params, c.adapter, *c.arrays)
     stack = leaves_by_path(c.params)["w"].shape
-    products = [e for e in equations(step.jaxpr) if e.primitive.name in ("dot_general", "add", "mul", "add_any", "sub")]
+    products = [e for e in equations(step) if e.primitive.name in ("dot_general", "add", "mul", "add_any", "sub")]
     assert products
     assert all(v.aval.shape != stack for e in products for v in e.outvars)
 

@@ -155,7 +155,7 @@ class _NnxDecoder(nnx.Module):
         self.head = nnx.Linear(shape.d_model, shape.vocabulary, rngs=rngs)
 
     def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
-        x_BxTxD, causal = self.embed(tokens_BxT), nn.make_causal_mask(tokens_BxT)
+        x_BxTxD, causal = self.embed(tokens_BxT), nnx.make_causal_mask(tokens_BxT)
         for layer in self.layers:
             x_BxTxD = layer(x_BxTxD, causal)
         return self.head(self.norm(x_BxTxD))

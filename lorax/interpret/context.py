@@ -9,8 +9,6 @@ from typing import Any
 
 import jax
 
-from lorax import compat
-
 LeafAxes = frozenset[tuple[str, int]]
 
 
@@ -72,11 +70,3 @@ class Context:
             return None
         self._drawn += 1
         return jax.random.fold_in(self.key, self._drawn)
-
-    def bind(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
-        """Run one equation as it stands on other values."""
-        if eqn.primitive in compat.FIRST_ORDER:
-            out = eqn.primitive.bind(*values, **eqn.params)
-            return list(out) if eqn.primitive.multiple_results else [out]
-        of = {v: x for v, x in zip(eqn.invars, values, strict=True) if isinstance(v, compat.Var)}
-        return compat.evaluate_equations([eqn], list(of), eqn.outvars, list(of.values()))

@@ -176,7 +176,7 @@ def custom_jvp(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         return [densify(ctx, x, "custom_jvp's output") for x in outs]
 
     def as_written(leaves: list[Any]) -> list[Any]:
-        return ctx.bind(eqn, [densify(Context(None), x, "custom_jvp") for x in jax.tree.unflatten(tree, leaves)])
+        return compat.bind(eqn, [densify(Context(None), x, "custom_jvp") for x in jax.tree.unflatten(tree, leaves)])
 
     @call.defjvp
     def rule(primals: Any, tangents: Any) -> Any:

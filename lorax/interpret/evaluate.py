@@ -1,8 +1,8 @@
 """Evaluate a jaxpr in which some values are adapted weights.
 
-Equations that no adapted weight reaches go to JAX's own evaluator in runs. For the others a table of rules, keyed by
-primitive, says what happens; a rule that declines, or a primitive with no rule, gets the dense weight, which is
-always right and always recorded.
+An equation that no adapted weight reaches is bound as it is. For the others a table of rules, keyed by primitive, says
+what happens; a rule that declines, or a primitive with no rule, gets the dense weight, which is always right and
+always recorded.
 """
 
 from __future__ import annotations
@@ -37,49 +37,42 @@ def evaluate(
     env.update(zip(jaxpr.invars, args, strict=True))
     built: dict[Any, Any] = {}  # dense forms, at most one a variable
     live = [True] * len(jaxpr.outvars) if live is None else live
-    last_use = _last_uses(jaxpr, live)
-    pending: list[Any] = []
+    needed, last_use = _liveness(jaxpr, live)
     known = set(jaxpr.constvars) | {v for v, is_fixed in zip(jaxpr.invars, fixed, strict=False) if is_fixed}
 
     def read(v: Any) -> Any:
         return v.val if isinstance(v, compat.Literal) else env[v]
 
-    def release(variables: Sequence[Any], until: int) -> None:
-        # an eager call keeps no activation longer than the plain function does
-        for v in variables:
-            if isinstance(v, compat.Var) and last_use[v] < until:
-                ctx.forget(env.pop(v, None))
-                built.pop(v, None)
-
-    for at, eqn in enumerate(jaxpr.eqns):
-        if not (eqn.effects or any(v in last_use for v in eqn.outvars)):
-            continue
-        adapted = [v for v in eqn.invars if isinstance(v, compat.Var) and isinstance(env.get(v), Weight)]
+    def run(eqn: Any) -> Sequence[Any]:
+        values = [read(v) for v in eqn.invars]
+        adapted = [v for v, x in zip(eqn.invars, values, strict=True) if isinstance(x, Weight)]
         if ctx.tracing:
-            ctx.fixed = [isinstance(v, compat.Literal) or v in known or _is_whole(env.get(v)) for v in eqn.invars]
+            ctx.fixed = [isinstance(v, compat.Literal) or v in known or _is_whole(env[v]) for v in eqn.invars]
             if all(ctx.fixed):
                 known.update(eqn.outvars)
         if not adapted:
-            pending.append(eqn)
-            continue
-        release(_run(pending, env, last_use, at), at)
-        pending.clear()
-        values = [read(v) for v in eqn.invars]
+            return compat.bind(eqn, values)
         ctx.live = [v in last_use for v in eqn.outvars]
-        with compat.equation_context(eqn):
-            rule = RULES.get(eqn.primitive)
-            outs = NotImplemented if rule is None else rule(ctx, eqn, values)
-            if outs is NotImplemented:
-                for v in adapted:
-                    if v not in built:
-                        built[v] = densify(ctx, env[v], str(eqn.primitive))
-                plain = [built[v] if isinstance(x, Weight) else x for v, x in zip(eqn.invars, values, strict=True)]
-                outs = ctx.bind(eqn, plain)
-                if ctx.tracing and all(v in known for v in eqn.outvars):
-                    outs = [derived(out, [env[v] for v in adapted]) for out in outs]
-        env.update(zip(eqn.outvars, outs, strict=True))
-        release(eqn.invars, at + 1)
-    _run(pending, env, last_use, len(jaxpr.eqns))
+        rule = RULES.get(eqn.primitive)
+        outs = NotImplemented if rule is None else rule(ctx, eqn, values)
+        if outs is not NotImplemented:
+            return outs
+        for v in adapted:
+            if v not in built:
+                built[v] = densify(ctx, env[v], str(eqn.primitive))
+        plain = [built[v] if isinstance(x, Weight) else x for v, x in zip(eqn.invars, values, strict=True)]
+        outs = compat.bind(eqn, plain)
+        if ctx.tracing and all(v in known for v in eqn.outvars):
+            return [derived(out, [env[v] for v in adapted]) for out in outs]
+        return outs
+
+    for at, eqn in needed:
+        with compat.source_context(eqn), eqn.ctx.manager:
+            env.update((v, x) for v, x in zip(eqn.outvars, run(eqn), strict=True) if v in last_use)
+        for v in eqn.invars:  # an eager call keeps no activation longer than the plain function does
+            if isinstance(v, compat.Var) and last_use[v] == at:
+                ctx.forget(env.pop(v, None))
+                built.pop(v, None)
     return [read(v) if is_live else None for v, is_live in zip(jaxpr.outvars, live, strict=True)]
 
 
@@ -125,25 +118,17 @@ def densify(ctx: Context, value: Any, reason: str) -> Any:
     return dense(value)
 
 
-def _last_uses(jaxpr: Any, live: Sequence[bool]) -> dict[Any, int]:
-    """Return where each variable is read last, by an equation that itself is needed, or by a live output."""
+def _liveness(jaxpr: Any, live: Sequence[bool]) -> tuple[list[tuple[int, Any]], dict[Any, int]]:
+    """Return the equations that are needed, numbered, and where each variable is read last, by one or as an output."""
     n = len(jaxpr.eqns)
     outs = zip(jaxpr.outvars, live, strict=True)
     last = {v: n for v, is_live in outs if is_live and isinstance(v, compat.Var)}
-    for at, eqn in zip(reversed(range(n)), reversed(jaxpr.eqns), strict=True):
+    needed = []
+    for at in reversed(range(n)):
+        eqn = jaxpr.eqns[at]
         if eqn.effects or any(v in last for v in eqn.outvars):
+            needed.append((at, eqn))
             for v in eqn.invars:
                 if isinstance(v, compat.Var):
                     last.setdefault(v, at)
-    return last
-
-
-def _run(eqns: Sequence[Any], env: dict[Any, Any], last_use: dict[Any, int], until: int) -> list[Any]:
-    """Run equations that no adapted weight reaches; keep what is read at or after `until`; return what they read."""
-    if not eqns:
-        return []
-    defined = {v for eqn in eqns for v in eqn.outvars}
-    read = dict.fromkeys(v for eqn in eqns for v in eqn.invars if isinstance(v, compat.Var) and v not in defined)
-    kept = [v for eqn in eqns for v in eqn.outvars if last_use.get(v, -1) >= until]
-    env.update(zip(kept, compat.evaluate_equations(eqns, list(read), kept, [env[v] for v in read]), strict=True))
-    return list(read)
+    return needed[::-1], last

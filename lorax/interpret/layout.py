@@ -52,7 +52,7 @@ def _moved(
         partial = [change(f) for f in weight.partial_factors()]
     except _Declined:
         return NotImplemented
-    (base,) = ctx.bind(eqn, [*operands[:i], weight.base, *operands[i + 1 :]])
+    (base,) = compat.bind(eqn, [*operands[:i], weight.base, *operands[i + 1 :]])
     origins = tuple(frozenset().union(*(weight.origins[a] for a in old)) for old in sources)
     return [rebuild(weight, base, partial, origins=origins, **changes)]
 
@@ -91,7 +91,7 @@ def _keep(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     """Identity on values: only the base goes through; its new dtype is the one to compute in."""
     if any(not jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.outvars):
         return NotImplemented
-    outs = ctx.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
+    outs = compat.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
     return [
         rebuild(x, out, x.partial_factors()) if isinstance(x, Weight) else out
         for x, out in zip(operands, outs, strict=True)
@@ -225,7 +225,7 @@ def _pieces(ctx: Any, eqn: Any, weight: Weight, axis: int, sizes: Sequence[int],
 @_rule(compat.split_p)
 def _split(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     (weight,) = operands
-    bases = ctx.bind(eqn, [weight.base])
+    bases = compat.bind(eqn, [weight.base])
     return _pieces(ctx, eqn, weight, eqn.params["axis"], [int(n) for n in eqn.params["sizes"]], bases)
 
 
@@ -233,7 +233,7 @@ def _split(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
 def _unstack(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     (weight,) = operands
     axis, n = eqn.params["axis"], len(weight.shape)
-    bases = [lax.expand_dims(b, (axis,)) for b in ctx.bind(eqn, [weight.base])]
+    bases = [lax.expand_dims(b, (axis,)) for b in compat.bind(eqn, [weight.base])]
     thin = _pieces(ctx, eqn, weight, axis, [1] * len(bases), bases)
     return [_without(w, axis) for w in thin] if n else NotImplemented
 
@@ -275,7 +275,7 @@ def _scale(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
             return NotImplemented
         i = min(fit, key=lambda i: jnp.size(term.factors[i].array))
         terms.append(Term((*term.factors[:i], scaled(term.factors[i]), *term.factors[i + 1 :]), term.dropout))
-    (base,) = ctx.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
+    (base,) = compat.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
     partial = [f for t in terms for f in t.factors][1:]
     return [rebuild(weight, base, partial)]
 
@@ -283,7 +283,7 @@ def _scale(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
 @_rule(compat.neg_p)
 def _neg(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     (weight,) = operands
-    (base,) = ctx.bind(eqn, [weight.base])
+    (base,) = compat.bind(eqn, [weight.base])
     partial = list(weight.partial_factors())
     at = len(weight.terms[0].factors) - 1
     for term in weight.terms[1:]:
@@ -321,7 +321,7 @@ def _joined(ctx: Any, eqn: Any, parts: Sequence[Any], operands: Sequence[Any], a
     weights = [p for p in parts if isinstance(p, Weight)]
     if any(len(w.terms[0].factors) > 1 for w in weights) or (ctx.tracing and not all(ctx.fixed)):
         return NotImplemented
-    (base,) = ctx.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
+    (base,) = compat.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
     terms, start, total = [], 0, jnp.shape(base)[axis]
     for part in parts:
         size = jnp.shape(part.base if isinstance(part, Weight) else part)[axis]

@@ -86,73 +86,69 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
         free = [a for a in range(operands[i].ndim) if a not in (*contract[i], *batch[i])]
         _record(ctx, eqn, "linear", operands[i], contract[i], free, batch[i], reason)
     if len(sides) != 1:
-        return ctx.bind(eqn, [dense(x) if isinstance(x, Weight) else x for x in operands])
+        return compat.bind(eqn, [dense(x) if isinstance(x, Weight) else x for x in operands])
     (side,) = sides
     weight, x = operands[side], operands[1 - side]
-    labels, wanted, block = _labels(side, _hashable(eqn.params["dimension_numbers"]), x.ndim, len(weight.shape))
-    w_contract = contract[side]
-    precision = eqn.params["precision"]
-    if isinstance(precision, tuple) and side == 0:
-        precision = precision[::-1]
-    dtype = _compute_dtype(weight, x)
-    gains = weight.terms[0].factors[1:]
-    inner = [f for f in gains if any(a in w_contract for a in f.axes)]
-    entering = x
-    if inner:  # a scale along contracted axes belongs on the activation
-        entering = cast(absorb(cast(x, dtype), labels, [_cast(f, dtype) for f in inner], ())[0], x.dtype)
-    (y,) = ctx.bind(eqn, [weight.base if i == side else entering for i in range(2)])
     if weight.is_plain:
-        return [y]
-    specs = _label_specs(weight, x, labels, y, wanted)
-    is_split = specs is not None or compat.is_partitioned(y)
-    rows = (x, labels, wanted) if is_split else _as_rows(ctx, x, labels, wanted, block)
-    plan = _Plan(*rows[1:], wanted, frozenset(w_contract), weight.shape, dtype, precision, specs)
-    terms = (Term(tuple(f for f in gains if f not in inner)), *weight.terms[1:])
+        return compat.bind(eqn, [weight.base if i == side else x for i in range(2)])
+    numbers = _hashable(eqn.params["dimension_numbers"])
+    labels, y_labels, block = _labels(side, numbers, len(x.shape), weight.ndim)
+    is_split = compat.is_partitioned(x) or compat.is_partitioned(weight.base)
+    thin, thin_labels, wanted = (x, labels, y_labels) if is_split else _as_rows(ctx, x, labels, y_labels, block)
+    dtype = _compute_dtype(weight, x)
+    base, *gains = weight.terms[0].factors
+    terms = weight.terms[1:]
     keys = [ctx.next_key() if t.dropout else None for t in terms]
-    return [_add_products(y, rows[0], terms, keys, plan=plan)]
+    params = tuple({**eqn.params, "dimension_numbers": numbers}.items())
+    plan = _Plan(eqn.primitive, params, side, labels, y_labels, thin_labels, wanted, dtype)
+    return [adapted_dot(base.array, x, thin, gains, terms, keys, plan=plan)]
 
 
 class _Plan(NamedTuple):
     """What is static about the products of an activation with an adapted weight's arrays."""
 
+    primitive: Any  # of the base product
+    params: tuple[tuple[str, Any], ...]
+    side: int  # which operand the weight is
     x_labels: tuple[Any, ...]
-    wanted: tuple[Any, ...]  # of a product
     y_labels: tuple[Any, ...]
-    contracted: frozenset[int]
-    sizes: tuple[int, ...]  # of the weight's axes
-    dtype: Any
-    precision: Any
-    specs: tuple[tuple[Any, Any], ...] | None
+    thin_labels: tuple[Any, ...]  # of the activation that enters the thin products
+    wanted: tuple[Any, ...]  # of their results
+    dtype: Any  # of the thin products
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _add_products(y: Any, x: Any, terms: Sequence[Term], keys: Sequence[Any], *, plan: _Plan) -> Any:
-    """Scale the base product by the first term's arrays and add the products of `x` with the other terms.
+def adapted_dot(
+    base: Any, x: Any, thin: Any, gains: Sequence[Factor], terms: Sequence[Term], keys: Sequence[Any], *, plan: _Plan
+) -> Any:
+    """Return the base product, scaled by the gains, plus the thin products with the other terms.
 
     A function of its own in the program, because a model has few different ones: each is traced, differentiated and
     lowered once, whatever the number of layers.
     """
-    specs = None if plan.specs is None else dict(plan.specs)
+    params = dict(plan.params)
+    contracted = frozenset(params["dimension_numbers"][0][plan.side])
+    precision = params["precision"]
+    if isinstance(precision, tuple) and plan.side == 0:
+        precision = precision[::-1]
+    inner = [_cast(f, plan.dtype) for f in gains if not contracted.isdisjoint(f.axes)]
+    if inner:  # a scale along contracted axes belongs on the activation
+        x = cast(absorb(cast(x, plan.dtype), plan.x_labels, inner, ())[0], x.dtype)
+    y = plan.primitive.bind(*((base, x) if plan.side == 0 else (x, base)), **params)
     typeof_y = jax.typeof(y)
+    specs = _label_specs(base, x, plan.x_labels, y, plan.y_labels)
     kept = lambda z: cast(z, typeof_y.dtype) if specs is None else jax.sharding.reshard(z, typeof_y.sharding)
-    x = cast(x, plan.dtype)
-    for i, (term, key) in enumerate(zip(terms, keys, strict=True)):
-        if i == 0:
-            gains = [_cast(f, y.dtype) for f in term.factors]
-            z, z_axes = absorb(y, plan.y_labels, gains, (), specs=specs)
-            y = kept(arrange(z, z_axes, plan.y_labels, y.shape))
-            continue
+    outer = [_cast(f, y.dtype) for f in gains if contracted.isdisjoint(f.axes)]
+    if outer:
+        z, z_axes = absorb(y, plan.y_labels, outer, (), specs=specs)
+        y = kept(arrange(z, z_axes, plan.y_labels, y.shape))
+    thin = cast(thin, plan.dtype)
+    for term, key in zip(terms, keys, strict=True):
         factors = [_cast(f, plan.dtype) for f in term.factors]
-        z, z_axes = absorb(
-            _dropped(x, term.dropout, key),
-            plan.x_labels,
-            factors,
-            plan.contracted,
-            precision=plan.precision,
-            specs=specs,
-        )
+        entering = _dropped(thin, term.dropout, key)
+        z, z_axes = absorb(entering, plan.thin_labels, factors, contracted, precision=precision, specs=specs)
         if z_axes != plan.wanted:
-            sizes = {**dict(enumerate(plan.sizes)), **dict(zip(z_axes, z.shape, strict=True))}
+            sizes = {**dict(enumerate(base.shape)), **dict(zip(z_axes, z.shape, strict=True))}
             z = arrange(z, z_axes, plan.wanted, [sizes[a] for a in plan.wanted])
         y = lax.add(y, kept(cast(lax.reshape(z, y.shape), y.dtype)))
     return y
@@ -204,14 +200,13 @@ def _as_rows(
     return rows, (*labels[:first], ("rows",), *labels[last:]), (*wanted[:at], ("rows",), *wanted[at + n :])
 
 
-def _label_specs(weight: Weight, x: Any, labels: Sequence[Any], y: Any, wanted: Sequence[Any]) -> Any:
+def _label_specs(base: Any, x: Any, labels: Sequence[Any], y: Any, wanted: Sequence[Any]) -> Any:
     """Mesh axes of every label where shardings are part of types: an axis is split as it is on x, y or the base."""
     mesh = compat.explicit_mesh(y)
     if mesh is None:
         return None
     spec = lambda array, names: dict(zip(names, jax.typeof(array).sharding.spec, strict=True))
-    specs = {"mesh": mesh, **spec(weight.base, range(len(weight.shape))), **spec(y, wanted), **spec(x, labels)}
-    return tuple(specs.items())
+    return {"mesh": mesh, **spec(base, range(base.ndim)), **spec(y, wanted), **spec(x, labels)}
 
 
 def convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
@@ -246,7 +241,7 @@ def convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     if any(set(f.axes) - {out_axis} for f in weight.terms[0].factors[1:]):
         return NotImplemented
 
-    (y,) = ctx.bind(eqn, [x, weight.base])
+    (y,) = compat.bind(eqn, [x, weight.base])
     for f in weight.terms[0].factors[1:]:
         gain = f.array.astype(y.dtype)
         y = y * (gain if not f.axes else lax.broadcast_in_dim(gain, y.shape, (feature,)))
@@ -317,7 +312,7 @@ def ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     (n,) = {0, 1, 2} - {g, k}
     dtype = _compute_dtype(weight, x)
     _record(ctx, eqn, "grouped", weight, (k,), (n,), (g,))
-    (y,) = ctx.bind(eqn, [x, weight.base, sizes])
+    (y,) = compat.bind(eqn, [x, weight.base, sizes])
     out_dtype = y.dtype
 
     def step(x: Any, axis: int, f: Factor, enters: Any, leaves: Any) -> Any:

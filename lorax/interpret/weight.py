@@ -117,16 +117,20 @@ class Weight:
 
 def leaf_weight(path: str, base: Any, expression: Expression) -> Weight:
     """Return a leaf's adapted weight in the leaf's own layout."""
-    axes = tuple(range(jnp.ndim(base)))
-    terms = sorted(expression.terms, key=lambda t: not any(f.axes == axes for f in t.factors))
-    head = sorted(terms[0].factors, key=lambda f: f.axes != axes)
-    if head[0].axes != axes:
+    axes = tuple(range(len(base.shape)))
+    spans_all = [[f.axes == axes for f in t.factors] for t in expression.terms]
+    at = next((i for i, spans in enumerate(spans_all) if any(spans)), None)
+    if at is None:
         raise ValueError(f"{path}: the method's weight has no term that contains the base weight")
-    head[0] = Factor(cast(head[0].array, base.dtype), axes)
+    terms = list(expression.terms)
+    first = terms.pop(at)
+    factors = list(first.factors)
+    whole = factors.pop(spans_all[at].index(True))
+    head = Term((Factor(cast(whole.array, base.dtype), axes), *factors), first.dropout)
     return Weight(
-        (Term(tuple(head), terms[0].dropout), *terms[1:]),
-        tuple(jnp.shape(base)),
-        jnp.dtype(base.dtype),
+        (head, *terms),
+        tuple(base.shape),
+        base.dtype,
         tuple(frozenset({(path, i)}) for i in axes),
         (path,),
         frozenset(),

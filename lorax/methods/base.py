@@ -69,8 +69,8 @@ class Method:
         named = {}
         for name, dims in self.arrays.items():
             array, axes = arrays[name], site.axes(dims)
-            sizes = tuple(n if isinstance(a, str) else site.shape[a] for a, n in zip(axes, array.shape, strict=False))
-            if len(array.shape) != len(axes) or sizes != tuple(array.shape):
+            sized = zip(axes, array.shape, strict=False)
+            if len(array.shape) != len(axes) or any(n != site.shape[a] for a, n in sized if isinstance(a, int)):
                 raise ValueError(
                     f"{site.path}: the adapter's {name!r} has shape {tuple(array.shape)}, which is not that of "
                     f"{self} for a weight of shape {site.shape}. Values of several adapters are for jax.vmap"
