@@ -7,6 +7,7 @@ always recorded.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,26 +38,23 @@ def evaluate(
     env.update(zip(jaxpr.invars, args, strict=True))
     built: dict[Any, Any] = {}  # dense forms, at most one a variable
     live = [True] * len(jaxpr.outvars) if live is None else live
-    needed, last_use = _liveness(jaxpr, live)
+    steps, needed = _liveness(jaxpr, live)
     known = set(jaxpr.constvars) | {v for v, is_fixed in zip(jaxpr.invars, fixed, strict=False) if is_fixed}
 
-    def read(v: Any) -> Any:
-        return v.val if isinstance(v, compat.Literal) else env[v]
-
     def run(eqn: Any) -> Sequence[Any]:
-        values = [read(v) for v in eqn.invars]
-        adapted = [v for v, x in zip(eqn.invars, values, strict=True) if isinstance(x, Weight)]
+        values = [v.val if isinstance(v, compat.Literal) else env[v] for v in eqn.invars]
         if ctx.tracing:
             ctx.fixed = [isinstance(v, compat.Literal) or v in known or _is_whole(env[v]) for v in eqn.invars]
             if all(ctx.fixed):
                 known.update(eqn.outvars)
-        if not adapted:
+        if Weight not in map(type, values):
             return compat.bind(eqn, values)
-        ctx.live = [v in last_use for v in eqn.outvars]
+        ctx.live = [v in needed for v in eqn.outvars]
         rule = RULES.get(eqn.primitive)
         outs = NotImplemented if rule is None else rule(ctx, eqn, values)
         if outs is not NotImplemented:
             return outs
+        adapted = [v for v, x in zip(eqn.invars, values, strict=True) if isinstance(x, Weight)]
         for v in adapted:
             if v not in built:
                 built[v] = densify(ctx, env[v], str(eqn.primitive))
@@ -66,14 +64,16 @@ def evaluate(
             return [derived(out, [env[v] for v in adapted]) for out in outs]
         return outs
 
-    for at, eqn in needed:
-        with compat.source_context(eqn), eqn.ctx.manager:
-            env.update((v, x) for v, x in zip(eqn.outvars, run(eqn), strict=True) if v in last_use)
-        for v in eqn.invars:  # an eager call keeps no activation longer than the plain function does
-            if isinstance(v, compat.Var) and last_use[v] == at:
-                ctx.forget(env.pop(v, None))
-                built.pop(v, None)
-    return [read(v) if is_live else None for v, is_live in zip(jaxpr.outvars, live, strict=True)]
+    for context, group in itertools.groupby(steps, lambda step: step[0].ctx):
+        with context.manager:
+            for eqn, dying in group:
+                with compat.source_context(eqn):
+                    env.update((v, x) for v, x in zip(eqn.outvars, run(eqn), strict=True) if v in needed)
+                for v in dying:  # an eager call keeps no activation longer than the plain function does
+                    ctx.forget(env.pop(v))
+                    built.pop(v, None)
+    outs = zip(jaxpr.outvars, live, strict=True)
+    return [(v.val if isinstance(v, compat.Literal) else env[v]) if is_live else None for v, is_live in outs]
 
 
 def _is_whole(value: Any) -> bool:
@@ -118,17 +118,14 @@ def densify(ctx: Context, value: Any, reason: str) -> Any:
     return dense(value)
 
 
-def _liveness(jaxpr: Any, live: Sequence[bool]) -> tuple[list[tuple[int, Any]], dict[Any, int]]:
-    """Return the equations that are needed, numbered, and where each variable is read last, by one or as an output."""
-    n = len(jaxpr.eqns)
+def _liveness(jaxpr: Any, live: Sequence[bool]) -> tuple[list[tuple[Any, list[Any]]], set[Any]]:
+    """Return the equations that are needed, each with the variables that it reads last, and all variables needed."""
     outs = zip(jaxpr.outvars, live, strict=True)
-    last = {v: n for v, is_live in outs if is_live and isinstance(v, compat.Var)}
-    needed = []
-    for at in reversed(range(n)):
-        eqn = jaxpr.eqns[at]
-        if eqn.effects or any(v in last for v in eqn.outvars):
-            needed.append((at, eqn))
-            for v in eqn.invars:
-                if isinstance(v, compat.Var):
-                    last.setdefault(v, at)
-    return needed[::-1], last
+    needed = {v for v, is_live in outs if is_live and isinstance(v, compat.Var)}
+    steps = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            dying = dict.fromkeys(v for v in eqn.invars if isinstance(v, compat.Var) and v not in needed)
+            needed.update(dying)
+            steps.append((eqn, list(dying)))
+    return steps[::-1], needed
