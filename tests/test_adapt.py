@@ -1,11 +1,13 @@
 """`adapt` and `explain` as calls: keywords, static arguments, wrong arguments."""
 
+import re
 import traceback
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 
 import lorax
 from tests.agreement import adapter_for, assert_close, assert_identical, normal
@@ -163,15 +165,21 @@ def test_explain_tells_a_leaf_trained_as_it_is_from_one_not_read() -> None:
 
 
 def test_profiles_name_the_modules_that_products_stand_in() -> None:
-    def fn(p: Any, x: Any) -> Any:
-        with jax.named_scope("encoder"), jax.named_scope("query"):
-            return x @ p["w"] + p["b"]
+    layer = jax.jit(lambda w, x: jnp.tanh(x @ w))
 
-    adapter = adapter_for(fn, PARAMS, X)
-    text = jax.jit(lorax.adapt(fn)).lower(PARAMS, adapter, X).compile().as_text()
-    products = [line for line in text.splitlines() if "dot(" in line or "fusion(" in line]
-    assert products
-    assert all("/encoder/query/" in line for line in products)
+    def fn(p: Any, x: Any) -> Any:
+        with jax.named_scope("first"):
+            x = layer(p["first"], x)
+        with jax.named_scope("saved"):
+            x = jax.checkpoint(layer)(p["saved"], x)
+        with jax.named_scope("stack"):
+            return lax.scan(lambda c, w: (layer(w, c), None), x, p["stack"])[0]
+
+    params = {"first": normal(1, 6, 6), "saved": normal(2, 6, 6), "stack": normal(3, 2, 6, 6)}
+    adapter = adapter_for(fn, params, X)
+    text = jax.jit(lorax.adapt(fn)).lower(params, adapter, X).compile().as_text()
+    products = re.findall(r'op_name="[^"]*?/(\w+)/[^"]*dot_general"', text)
+    assert products and set(products) == set(params)
 
 
 def test_an_error_in_a_product_names_the_functions_own_line() -> None:

@@ -135,7 +135,8 @@ def compare_tracing(depths: list[int], rank: int, repeats: int = 5) -> None:
             print(f"{form:12}{layers:8}{sites:8}{row[0]:10.0f}{row[1]:12.0f}{row[2]:13.2f}")
 
 
-def _tracing_seconds(form: str, layers: int, rank: int, repeats: int) -> tuple[int, float, float]:
+def _tracing_seconds(form: str, layers: int, rank: int, repeats: int, least: float = 3.0) -> tuple[int, float, float]:
+    """Return the number of sites and the least time of each, over some repeats and at least so many seconds of them."""
     shape = Shape(layers=layers, d_model=64, heads=4, kv_heads=2, d_ff=128, vocabulary=256)
     fn, params = unrolled(form, shape)
     tokens = jax.ShapeDtypeStruct((2, 16), jnp.int32)
@@ -143,7 +144,7 @@ def _tracing_seconds(form: str, layers: int, rank: int, repeats: int) -> tuple[i
     spec = lorax.Spec({r".*kernel": lorax.LoRA(rank=rank)})
     adapter = jax.eval_shape(lambda: lorax.init(jax.random.key(0), spec, sites, params))
     times: list[tuple[float, float]] = []
-    for _ in range(repeats):
+    while len(times) < repeats or sum(map(sum, times)) < least:
         # New functions each time, so that nothing is cached; processor time, as the wall clock is shared.
         plain = _processor_seconds(lambda: jax.make_jaxpr(lambda p, x: fn(p, x))(params, tokens))
         call = lambda: jax.make_jaxpr(lambda p, a, x: lorax.adapt(fn)(p, a, x))(params, adapter, tokens)
