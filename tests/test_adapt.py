@@ -1,4 +1,4 @@
-"""`adapt` and `explain` as calls: keywords, static arguments, wrong arguments."""
+"""`adapt` and `explain` as calls: keywords, static and wrong arguments, what is named and what is kept."""
 
 import re
 import traceback
@@ -161,7 +161,7 @@ def test_explain_tells_a_leaf_trained_as_it_is_from_one_not_read() -> None:
     assert (row.how, row.reason) == ("factored", "not read by this call")
 
 
-# Eager calls.
+# Names of modules and lines.
 
 
 def test_profiles_name_the_modules_that_products_stand_in() -> None:
@@ -194,6 +194,9 @@ def test_an_error_in_a_product_names_the_functions_own_line() -> None:
     cause = raised.value.__cause__
     assert cause is not None
     assert "projection" in [frame.f_code.co_name for frame, _ in traceback.walk_tb(cause.__traceback__)]
+
+
+# Eager calls.
 
 
 def test_an_eager_call_lets_go_of_activations() -> None:

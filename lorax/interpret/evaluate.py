@@ -41,8 +41,11 @@ def evaluate(
     steps, needed = _liveness(jaxpr, live)
     known = set(jaxpr.constvars) | {v for v, is_fixed in zip(jaxpr.invars, fixed, strict=False) if is_fixed}
 
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, compat.Literal) else env[v]
+
     def run(eqn: Any) -> Sequence[Any]:
-        values = [v.val if isinstance(v, compat.Literal) else env[v] for v in eqn.invars]
+        values = [read(v) for v in eqn.invars]
         if ctx.tracing:
             ctx.fixed = [isinstance(v, compat.Literal) or v in known or _is_whole(env[v]) for v in eqn.invars]
             if all(ctx.fixed):
@@ -72,8 +75,7 @@ def evaluate(
                 for v in dying:  # an eager call keeps no activation longer than the plain function does
                     ctx.forget(env.pop(v))
                     built.pop(v, None)
-    outs = zip(jaxpr.outvars, live, strict=True)
-    return [(v.val if isinstance(v, compat.Literal) else env[v]) if is_live else None for v, is_live in outs]
+    return [read(v) if is_live else None for v, is_live in zip(jaxpr.outvars, live, strict=True)]
 
 
 def _is_whole(value: Any) -> bool:

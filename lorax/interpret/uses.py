@@ -78,7 +78,7 @@ def _activation(ctx: Context, x: Any, contracted: Sequence[int], batch: Sequence
 
 def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     """`dot_general` with the weight as either operand; a product of two weights takes both dense."""
-    contract, batch = eqn.params["dimension_numbers"]
+    numbers = contract, batch = _hashable(eqn.params["dimension_numbers"])
     operands = [_activation(ctx, x, contract[i], batch[i], eqn) for i, x in enumerate(operands)]
     sides = [i for i, x in enumerate(operands) if isinstance(x, Weight)]
     reason = "" if len(sides) == 1 else "a product of two parameters"
@@ -91,7 +91,6 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     weight, x = operands[side], operands[1 - side]
     if weight.is_plain:
         return compat.bind(eqn, [weight.base if i == side else x for i in range(2)])
-    numbers = _hashable(eqn.params["dimension_numbers"])
     labels, y_labels, block = _labels(side, numbers, len(x.shape), weight.ndim)
     is_split = compat.is_partitioned(x) or compat.is_partitioned(weight.base)
     thin, thin_labels, wanted = (x, labels, y_labels) if is_split else _as_rows(ctx, x, labels, y_labels, block)

@@ -118,15 +118,14 @@ class Weight:
 def leaf_weight(path: str, base: Any, expression: Expression) -> Weight:
     """Return a leaf's adapted weight in the leaf's own layout."""
     axes = tuple(range(len(base.shape)))
-    spans_all = [[f.axes == axes for f in t.factors] for t in expression.terms]
-    at = next((i for i, spans in enumerate(spans_all) if any(spans)), None)
-    if at is None:
-        raise ValueError(f"{path}: the method's weight has no term that contains the base weight")
     terms = list(expression.terms)
+    whole = [(t, f) for t, term in enumerate(terms) for f, factor in enumerate(term.factors) if factor.axes == axes]
+    if not whole:
+        raise ValueError(f"{path}: the method's weight has no term that contains the base weight")
+    at, i = whole[0]
     first = terms.pop(at)
     factors = list(first.factors)
-    whole = factors.pop(spans_all[at].index(True))
-    head = Term((Factor(cast(whole.array, base.dtype), axes), *factors), first.dropout)
+    head = Term((Factor(cast(factors.pop(i).array, base.dtype), axes), *factors), first.dropout)
     return Weight(
         (head, *terms),
         tuple(base.shape),
