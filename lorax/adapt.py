@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 
+from lorax import paths
 from lorax.adapter import Adapter, base_leaves
 from lorax.interpret.context import Context, Use
 from lorax.interpret.evaluate import densify, evaluate
 from lorax.interpret.stage import Staged, stage
-from lorax.interpret.weight import Weight
+from lorax.interpret.weight import Weight, quantized_weight
 from lorax.sites import Site
 
 
@@ -123,12 +124,15 @@ def _weights(staged: Staged, adapter: Adapter) -> dict[str, Any]:
         site.path: method.leaf(site, staged.params[site.path], adapter.arrays(site.path))
         for site, method in adapter.plan.entries
     }
+    for path, leaf in staged.params.items():
+        if path not in weights and paths.is_quantized(leaf):
+            weights[path] = quantized_weight(path, leaf)
     return {path: w.base if w.is_plain else w for path, w in weights.items()}
 
 
 def _run(staged: Staged, weights: Mapping[str, Any], ctx: Context) -> list[Any]:
-    terms = (term for w in weights.values() if isinstance(w, Weight) for term in w.terms)
-    if not any(term.dropout for term in terms):
+    adapted = [w for w in weights.values() if isinstance(w, Weight)]
+    if not any(w.pending or any(term.dropout for term in w.terms) for w in adapted):
         ctx.key = None
     leaves = {**staged.params, **weights}
     outs = evaluate(staged.jaxpr, [*leaves.values(), *staged.args], ctx)

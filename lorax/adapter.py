@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from lorax import paths
 from lorax.methods import Method
+from lorax.methods.lowrank import LowRank
 from lorax.sites import Site, Sites
 from lorax.spec import Spec
 
@@ -36,6 +38,12 @@ class Plan:
             and self.entries == other.entries
             and self.spec == other.spec
         )
+
+    @functools.cached_property
+    def shared(self) -> dict[str, str]:
+        """For each path whose site has arrays in common with others, the entry of `adapter.state` that holds them."""
+        found = ((site.path, _shared(site, method)) for site, method in self.entries)
+        return {path: entry[0] for path, entry in found if entry}
 
 
 @jax.tree_util.register_dataclass
@@ -74,8 +82,9 @@ class Adapter:
         return self.plan.spec
 
     def arrays(self, path: str) -> dict[str, Any]:
-        """Return all arrays of one site, trained and not."""
-        return {**self.params[path], **self.state[path]}
+        """Return all arrays of one site: trained and not, its own and those that it shares with others."""
+        common = self.state[self.plan.shared[path]] if path in self.plan.shared else {}
+        return {**common, **self.params[path], **self.state[path]}
 
 
 def init(key: jax.Array, spec: Spec, sites: Iterable[Site], params: Any) -> Adapter:
@@ -101,7 +110,8 @@ def init(key: jax.Array, spec: Spec, sites: Iterable[Site], params: Any) -> Adap
     sites = sites if isinstance(sites, Sites) else Sites(sites)
     chosen = spec.resolve(sites)
     leaves, _ = base_leaves(params, [sites[path] for path in chosen])
-    wide = [p for p, m in chosen.items() if getattr(m, "rank", 0) > min(sites[p].size("I"), sites[p].size("O"))]
+    low_rank = {p: m.rank for p, m in chosen.items() if isinstance(m, LowRank)}
+    wide = [p for p, rank in low_rank.items() if rank > min(sites[p].size("I"), sites[p].size("O"))]
     if wide:
         listed = ", ".join(f"{p} {sites[p].shape}" for p in wide)
         warnings.warn(
@@ -111,7 +121,15 @@ def init(key: jax.Array, spec: Spec, sites: Iterable[Site], params: Any) -> Adap
     for path, method in chosen.items():
         site_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         trained[path], fixed[path] = method.init(site_key, sites[path], leaves[path])
+        if (common := _shared(sites[path], method)) and common[0] not in fixed:
+            fixed[common[0]] = common[1]()
     return Adapter(trained, fixed, Plan(tuple((sites[p], m) for p, m in chosen.items()), spec))
+
+
+def _shared(site: Site, method: Method) -> tuple[str, Callable[[], Any]] | None:
+    """Return the name and the maker of what a site has in common with others; no leaf's path begins with `*`."""
+    shared = method.shared(site)
+    return shared and (f"*/{shared[0]}", shared[1])
 
 
 def base_leaves(params: Any, sites: Iterable[Site]) -> tuple[dict[str, Any], Any]:
@@ -127,7 +145,8 @@ def base_leaves(params: Any, sites: Iterable[Site]) -> tuple[dict[str, Any], Any
             raise ValueError(
                 f"{site.path}: the params have no such leaf. Nearest: {near}. Were they made for another model?"
             )
-        got = tuple(jnp.shape(leaves[site.path]))
+        leaf = leaves[site.path]
+        got = tuple(leaf.shape) if paths.is_quantized(leaf) else tuple(jnp.shape(leaf))
         if got != site.shape:
             raise ValueError(
                 f"{site.path}: the params have shape {got}, the adapter was made for {site.shape}. "

@@ -218,7 +218,9 @@ def _adapter(plan: Plan, arrays: Mapping[str, Any]) -> Adapter:
     take = lambda part, path: {
         n.rpartition("/")[2]: x for n, x in arrays.items() if n.rpartition("/")[0] == f"{part}/{path}"
     }
-    found = {part: {s.path: take(part, s.path) for s, _ in plan.entries} for part in ("params", "state")}
+    paths = [s.path for s, _ in plan.entries]
+    found = {part: {path: take(part, path) for path in paths} for part in ("params", "state")}
+    found["state"] |= {name: take("state", name) for name in plan.shared.values()}
     return Adapter(found["params"], found["state"], plan)
 
 

@@ -20,12 +20,17 @@ _SEEDS = (0x9E3779B9, 0x85EBCA6B)
 
 
 def digests(tree: Any) -> dict[str, dict[str, Any]]:
-    """Return shape, dtype and digest of every array leaf, by path.
+    """Return shape, dtype and digest of every array leaf, by path; of a quantised leaf those of its arrays.
 
     >>> digests({"kernel": jnp.zeros((2, 3))})["kernel"]["shape"]
     [2, 3]
     """
-    leaves = {path: x for path, x in paths.flatten(tree)[0].items() if paths.is_array(x)}
+    leaves = {}
+    for path, x in paths.flatten(tree)[0].items():
+        if paths.is_quantized(x):
+            leaves.update((f"{path}/{name}", child) for name, child in paths.flatten(x.children)[0].items())
+        elif paths.is_array(x):
+            leaves[path] = x
     groups: dict[Any, list[str]] = {}  # arrays that live on different devices do not meet in one program
     for path, x in leaves.items():
         groups.setdefault(frozenset(x.sharding.device_set) if isinstance(x, jax.Array) else None, []).append(path)
@@ -45,7 +50,7 @@ def digests(tree: Any) -> dict[str, dict[str, Any]]:
 
 @jax.jit
 def _sums(arrays: list[Any]) -> list[Any]:
-    return [_sum(x) for x in arrays]
+    return [_sum(jax.device_put(x, jax.memory.Space.Device)) for x in arrays]  # optimiser state may be on the host
 
 
 def _sum(x: Any) -> jax.Array:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax import compat
+from lorax import compat, paths
 from lorax.adapter import Adapter, base_leaves
-from lorax.interpret.weight import dense, rebuild
+from lorax.interpret.contraction import dense
+from lorax.interpret.weight import rebuild
 
 
 def merge(params: Any, adapter: Adapter) -> Any:
@@ -23,18 +25,59 @@ def merge(params: Any, adapter: Adapter) -> Any:
       adapter: the adapter.
 
     Returns:
-      A plain pytree shaped like `params`.
+      A plain pytree shaped like `params`. Quantised leaves, adapted or not, come out in the precision that they stand
+      for; `merge_quantized` keeps their formats.
 
     Raises:
       ValueError: the adapter belongs to other params, one of its methods has no merged weight, or it holds a number
         that is not finite.
     """
     leaves, tree = base_leaves(params, adapter.sites)
+    leaves.update(_merged(leaves, adapter))
+    plain = [x.dequantize() if paths.is_quantized(x) else x for x in leaves.values()]
+    return jax.tree.unflatten(tree, plain)
+
+
+def merge_quantized(params: Any, adapter: Adapter) -> tuple[Any, dict[str, float]]:
+    """Merge into a quantised base, and quantise the merged weights again.
+
+    Args:
+      params: the base; never changed.
+      adapter: the adapter.
+
+    Returns:
+      The params, in which an adapted leaf that was quantised is so again, in its own format, and the others are as
+      `merge` leaves them or as they were; and, for each path that was quantised again, what that lost: the norm of the
+      difference to the merged weight over the norm of the merged weight (Frobenius).
+
+    Raises:
+      ValueError: as `merge`.
+    """
+    leaves, tree = base_leaves(params, adapter.sites)
+    errors = {}
+    for path, merged in _merged(leaves, adapter).items():
+        if paths.is_quantized(leaves[path]):
+            leaves[path], errors[path] = _requantized(leaves[path], merged)
+        else:
+            leaves[path] = merged
+    return jax.tree.unflatten(tree, list(leaves.values())), {p: float(e) for p, e in errors.items()}
+
+
+@jax.jit
+def _requantized(node: Any, merged: jax.Array) -> tuple[Any, jax.Array]:
+    made = node.with_values(merged)
+    merged = merged.astype(jnp.float32)
+    lost = jnp.linalg.norm((made.dequantize() - merged).ravel()) / jnp.linalg.norm(merged.ravel())
+    return made, lost
+
+
+def _merged(leaves: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     _refuse_unmergeable(adapter)
     _refuse_non_finite(adapter)
-    for site, method in adapter.plan.entries:
-        leaves[site.path] = dense(method.leaf(site, leaves[site.path], adapter.arrays(site.path)))
-    return jax.tree.unflatten(tree, list(leaves.values()))
+    return {
+        site.path: dense(method.leaf(site, leaves[site.path], adapter.arrays(site.path)))
+        for site, method in adapter.plan.entries
+    }
 
 
 def unmerge(merged: Any, adapter: Adapter) -> Any:
@@ -44,13 +87,15 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
     where it has to be exact.
 
     Raises:
-      ValueError: the adapter belongs to other params, or one of its methods has no inverse.
+      ValueError: the adapter belongs to other params, one of its methods has no inverse, or `merged` is quantised.
     """
     leaves, tree = base_leaves(merged, adapter.sites)
+    if quantised := [s.path for s in adapter.sites if paths.is_quantized(leaves[s.path])]:
+        raise ValueError(f"{', '.join(quantised)}: a quantised weight has lost the base's bits; keep the base instead")
     _refuse_unmergeable(adapter)
     _refuse_non_finite(adapter)
     weights = {
-        site.path: method.leaf(site, leaves[site.path], adapter.arrays(site.path))
+        site.path: method.leaf(site, leaves[site.path], adapter.arrays(site.path)).settled()
         for site, method in adapter.plan.entries
     }
     lost = [s.path for s, m in adapter.plan.entries if not m.is_invertible]

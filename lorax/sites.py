@@ -66,6 +66,9 @@ class Site:
     def axes(self, dims: str) -> tuple[Any, ...]:
         """Return the axes that an array spans: S stack, I fan-in, O fan-out, W all in order; other letters are bonds.
 
+        V is the axis of the rows that are looked up and L those of a row, where the leaf is a table: for a tied
+        embedding, whose fan-in and fan-out are those of its product.
+
         >>> axes = {"stack": (0,), "fan_in": (1,), "fan_out": (2,)}
         >>> stacked = Site(path="k", kind="linear", shape=(3, 8, 4), dtype="float32", **axes)
         >>> stacked.axes("SIR")
@@ -75,7 +78,10 @@ class Site:
 
     @functools.cached_property
     def _named_axes(self) -> dict[str, tuple[int, ...]]:
-        return {"S": self.stack, "I": self.fan_in, "O": self.fan_out, "W": tuple(range(len(self.shape)))}
+        lookup = next((u for u in self.uses if u.kind == "embedding" and u.contracted), None)
+        rows, row = (lookup.contracted, lookup.free) if lookup else ((), ())
+        named = {"S": self.stack, "I": self.fan_in, "O": self.fan_out, "W": tuple(range(len(self.shape)))}
+        return {**named, "V": rows, "L": row}
 
     def dims(self, dims: str, **bonds: int) -> tuple[int, ...]:
         """Return the shape of an array that spans `dims`, with the sizes of its bonds given by letter.
@@ -85,6 +91,18 @@ class Site:
         (16, 2, 4)
         """
         return tuple(bonds[a] if isinstance(a, str) else self.shape[a] for a in self.axes(dims))
+
+    def without_leading(self, count: int) -> Site:
+        """Return the site of what is left when its first stacked axes are indexed away: of one layer."""
+        if not count:
+            return self
+        lower = lambda axes: tuple(a - count for a in axes if a >= count)
+        uses = tuple(
+            dataclasses.replace(u, contracted=lower(u.contracted), free=lower(u.free), batch=lower(u.batch))
+            for u in self.uses
+        )
+        sides = {"fan_in": lower(self.fan_in), "fan_out": lower(self.fan_out), "stack": lower(self.stack)}
+        return dataclasses.replace(self, shape=self.shape[count:], uses=uses, **sides)
 
     def size(self, dims: str) -> int:
         """Return the number of elements along `dims`, such as `site.size("I")` for the fan-in."""
@@ -157,6 +175,7 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sit
     up    linear  4×16   float32  [0]     [1]      []     1
     """
     staged = stage(fn, paths.flatten(params), args, kwargs)
+    leaves = [staged.aval(path) for path in staged.params]
     seen: dict[Use, None] = {}
 
     def run(leaves: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -169,7 +188,7 @@ def trace(fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sit
         ]
         return [densify(ctx, x, "the function's output") for x in evaluate(staged.jaxpr, [*values, *args], ctx)]
 
-    jax.eval_shape(run, list(staged.params.values()), list(staged.args))
+    jax.eval_shape(run, leaves, list(staged.args))
     by_path: dict[str, list[Use]] = {path: [] for path in staged.params}
     for use in seen:
         for path in use.paths:

@@ -15,8 +15,9 @@ from jax import lax
 
 from lorax import compat
 from lorax.interpret.context import Context
+from lorax.interpret.deferred import Deferred, force
 from lorax.interpret.evaluate import densify, derived, evaluate
-from lorax.interpret.weight import Factor, Term, Weight
+from lorax.interpret.weight import Factor, Weight, rebuild, relabelled
 
 
 def jit(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -35,7 +36,9 @@ def jit(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 def checkpoint(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Rematerialised body: the adapter's part is recomputed with it."""
     fixed, live = ctx.fixed, ctx.live
-    body = lambda operands, key: evaluate(eqn.params["jaxpr"], operands, ctx.inside(key), fixed=fixed, live=live)
+    body = lambda operands, key: evaluate(
+        eqn.params["jaxpr"], operands, ctx.inside(key, scanning=False), fixed=fixed, live=live
+    )
     remat = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
     return remat(list(operands), ctx.next_key())
 
@@ -65,7 +68,7 @@ def scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         arrays, key = step
         it = iter(moving)
         carry = [x if keep else next(it) for x, keep in zip(carried, fixed, strict=True)]
-        inner = ctx.inside(key)
+        inner = ctx.inside(key, scanning=True)
         layer = [_layer(a, spec) for a, (_, spec) in zip(arrays, sliced, strict=True)]
         outs = evaluate(jaxpr, [*consts, *carry, *layer], inner, fixed=known, live=live)
         moved = [densify(inner, x, "scan's carry") for x, keep in zip(outs[:n_carry], fixed, strict=True) if not keep]
@@ -84,10 +87,17 @@ def scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return [x if keep else next(it) for x, keep in zip(carried, fixed, strict=True)] + list(ys)
 
 
+def _forced(weight: Weight) -> Weight:
+    """Dequantise the base, where its quantised arrays cannot go."""
+    return rebuild(weight, force(weight.base), weight.partial_factors())
+
+
 def _leading(weight: Weight) -> tuple[list[Any], Weight]:
     """Split a weight into the arrays to scan, stacked axis first, and the weight to put a layer's arrays into."""
+    if isinstance(weight.base, Deferred) and not weight.base.is_sliceable:
+        weight = _forced(weight)
     arrays = []
-    for f in (f for t in weight.terms for f in t.factors):
+    for f in weight.factors():
         if 0 in f.axes:
             i = f.axes.index(0)
             arrays.append(lax.transpose(f.array, [i, *(j for j in range(len(f.axes)) if j != i)]) if i else f.array)
@@ -99,14 +109,9 @@ def _layer(arrays: Any, weight: Weight | None) -> Any:
     if weight is None:
         return arrays
     it = iter(arrays)
-    lower = lambda axes: tuple(a - 1 if isinstance(a, int) else a for a in axes if a != 0)
-    factor = lambda f: Factor(next(it) if 0 in f.axes else f.array, lower(f.axes))
-    return dataclasses.replace(
-        weight,
-        terms=tuple(Term(tuple(factor(f) for f in t.factors), t.dropout) for t in weight.terms),
-        shape=weight.shape[1:],
-        origins=weight.origins[1:],
-    )
+    lower = lambda axes: relabelled([a for a in axes if a != 0], lambda a: a - 1)
+    factors = [Factor(next(it) if 0 in f.axes else f.array, lower(f.axes)) for f in weight.factors()]
+    return weight.with_factors(factors, shape=weight.shape[1:], origins=weight.origins[1:])
 
 
 def while_loop(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -166,8 +171,10 @@ def custom_vjp(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     return evaluate(eqn.params["call_jaxpr"], operands, ctx, fixed=ctx.fixed) if ctx.tracing else NotImplemented
 
 
-def custom_jvp(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+def custom_jvp(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     """custom_jvp: the body is factored, and derivatives are the author's, taken at the dense weight."""
+    if any(isinstance(x, Weight) and x.outputs for x in operands):  # which a dense weight lacks
+        return NotImplemented
     leaves, tree = jax.tree.flatten(list(operands))
 
     @jax.custom_jvp
@@ -189,6 +196,8 @@ def shard_map(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """shard_map: each of a weight's arrays is split as the axes that it spans are."""
     params = eqn.params
     axes = lambda spec, n: [*spec, *(None,) * (n - len(spec))]
+
+    operands = [_forced(x) if isinstance(x, Weight) else x for x in operands]
 
     def specs(x: Any, spec: Any) -> Any:
         if not isinstance(x, Weight):
@@ -227,3 +236,7 @@ RULES: dict[Any, Any] = {
     compat.custom_vjp_call_p: custom_vjp,
     compat.shard_map_p: shard_map,
 }
+
+# What hands a weight on to a body as it is; the others take it apart, or may decline.
+ENTERED = {compat.jit_p, compat.closed_call_p, compat.remat_p, compat.scan_p, compat.while_p, compat.cond_p}
+CUT = {*ENTERED, compat.custom_jvp_call_p}  # and what hands on one of which axes are cut into parts

@@ -14,10 +14,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from lorax import compat
+from lorax.interpret.activation import apply_outputs
 from lorax.interpret.context import Context, Use
-from lorax.interpret.weight import Factor, Term, Weight, dense
+from lorax.interpret.contraction import dense
+from lorax.interpret.weight import Factor, Term, Weight
 
 RULES: dict[Any, Any] = {}
+ENTERED: set[Any] = set()  # control flow, whose bodies get a weight as it is
+CUT: set[Any] = set()  # what can do with arrays that span a part of an axis
 
 
 def evaluate(
@@ -54,6 +58,13 @@ def evaluate(
             return compat.bind(eqn, values)
         ctx.live = [v in needed for v in eqn.outvars]
         rule = RULES.get(eqn.primitive)
+        if eqn.primitive not in ENTERED:
+            for v, x in zip(eqn.invars, values, strict=True):
+                if isinstance(x, Weight) and x.pending:
+                    env[v] = x.settled()
+            values = [read(v) for v in eqn.invars]
+        if eqn.primitive not in CUT and any(isinstance(x, Weight) and x.cuts() for x in values):
+            rule = None
         outs = NotImplemented if rule is None else rule(ctx, eqn, values)
         if outs is not NotImplemented:
             return outs
@@ -117,7 +128,22 @@ def densify(ctx: Context, value: Any, reason: str) -> Any:
             reason=f"read by {reason}",
         )
         ctx.record(use)
-    return dense(value)
+    return _through_outputs(value, reason) if value.outputs else dense(value)
+
+
+def _through_outputs(value: Weight, reason: str) -> Any:
+    """Build a weight that has outputs: rows that were looked up go through them, a weight itself has none."""
+    free = frozenset().union(*value.origins)
+    acting = [o for o in value.outputs if value.lookups and o.over == free]
+    for o in value.outputs:
+        if o not in acting and not o.method.acts_on_lookups:
+            raise ValueError(
+                f"{', '.join(value.paths)}: {type(o.method).__name__} acts on the output of a product, and here "
+                f"{reason} reads the weight itself. Leave it out of the spec, or adapt it with a method that has a "
+                "merged weight"
+            )
+    axes = [("row", i) if not origin else i for i, origin in enumerate(value.origins)]
+    return apply_outputs(acting, dense(value), axes)
 
 
 def _liveness(jaxpr: Any, live: Sequence[bool]) -> tuple[list[tuple[Any, list[Any]]], set[Any]]:

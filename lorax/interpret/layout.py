@@ -7,8 +7,9 @@ caller then continues with the dense weight.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax import compat
-from lorax.interpret.weight import Factor, Term, Weight, rebuild
+from lorax.interpret import deferred
+from lorax.interpret.weight import Factor, Output, Part, Term, Weight, rebuild, relabelled
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -52,7 +54,7 @@ def _moved(
         partial = [change(f) for f in weight.partial_factors()]
     except _Declined:
         return NotImplemented
-    (base,) = compat.bind(eqn, [*operands[:i], weight.base, *operands[i + 1 :]])
+    (base,) = deferred.bind(eqn, [*operands[:i], weight.base, *operands[i + 1 :]])
     origins = tuple(frozenset().union(*(weight.origins[a] for a in old)) for old in sources)
     return [rebuild(weight, base, partial, origins=origins, **changes)]
 
@@ -61,7 +63,23 @@ def _relabelled(f: Factor, new_label: dict[int, int]) -> Factor:
     """Rename weight axes; those that vanish have size one and are dropped."""
     gone = [i for i, a in enumerate(f.axes) if isinstance(a, int) and a not in new_label]
     array = lax.squeeze(f.array, gone) if gone else f.array
-    return Factor(array, tuple(new_label.get(a, a) for i, a in enumerate(f.axes) if i not in gone))
+    kept = [a for i, a in enumerate(f.axes) if i not in gone]
+    return Factor(array, relabelled(kept, lambda a: new_label[a]))
+
+
+def _whole(f: Factor, axes: Iterable[int]) -> Factor:
+    """Repeat an array that spans a part of an axis along all of it."""
+    array, labels = f.array, list(f.axes)
+    for i, a in enumerate(labels):
+        if isinstance(a, Part) and a.axis in axes:
+            shape, other = list(array.shape), a.sizes[1 - a.which]
+            at = i + 1 - a.which  # where the other part goes: behind the slow one, before the fast one
+            array = lax.broadcast_in_dim(
+                array, (*shape[:at], other, *shape[at:]), [k + (k >= at) for k in range(len(shape))]
+            )
+            array = lax.reshape(array, (*shape[:i], a.sizes[0] * a.sizes[1], *shape[i + 1 :]))
+            labels[i] = a.axis
+    return Factor(array, tuple(labels))
 
 
 def _along(f: Factor, changes: dict[int, Callable[[Any, int], Any]]) -> Factor:
@@ -71,6 +89,20 @@ def _along(f: Factor, changes: dict[int, Callable[[Any, int], Any]]) -> Factor:
         if a in changes:
             array = changes[a](array, i)
     return Factor(array, f.axes)
+
+
+def _cuts_outputs(weight: Weight, axes: Iterable[int]) -> bool:
+    """Tell whether an axis belongs to those that a method's output acts on as a whole."""
+    return any(_cuts(o, weight, axes) for o in weight.outputs)
+
+
+def _is_whole(weight: Weight, axes: Iterable[int]) -> bool:
+    """Tell whether axes are changed as a whole: not of those that outputs act on, nor in parts."""
+    return not _cuts_outputs(weight, axes) and weight.cuts().keys().isdisjoint(axes)
+
+
+def _cuts(output: Output, weight: Weight, axes: Iterable[int]) -> bool:
+    return any(not output.over.isdisjoint(weight.origins[a]) for a in axes)
 
 
 def _identity(n: int) -> list[tuple[int, ...]]:
@@ -91,7 +123,7 @@ def _keep(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     """Identity on values: only the base goes through; its new dtype is the one to compute in."""
     if any(not jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.outvars):
         return NotImplemented
-    outs = compat.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
+    outs = deferred.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
     return [
         rebuild(x, out, x.partial_factors()) if isinstance(x, Weight) else out
         for x, out in zip(operands, outs, strict=True)
@@ -185,6 +217,8 @@ def _slice(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
         for i, (s, e, t) in enumerate(zip(starts, limits, strides, strict=True))
         if (s, e, t) != (0, weight.shape[i], 1)
     }
+    if not _is_whole(weight, changes):
+        return NotImplemented
     return _moved(ctx, eqn, operands, lambda f: _along(f, changes), _identity(len(starts)))
 
 
@@ -197,6 +231,8 @@ def _dynamic_slice(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     cut = [i for i, n in enumerate(sizes) if n != weight.shape[i]]
     changes = {i: (lambda x, ax, s=starts[i], n=sizes[i]: lax.dynamic_slice_in_dim(x, s, n, ax)) for i in cut}
     indexed = frozenset((*o, False) for i in cut if sizes[i] == 1 for o in weight.origins[i])
+    if not _is_whole(weight, cut):
+        return NotImplemented
     return _moved(
         ctx,
         eqn,
@@ -210,6 +246,8 @@ def _dynamic_slice(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
 @_rule(compat.rev_p)
 def _rev(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     changes = {d: (lambda x, ax: lax.rev(x, (ax,))) for d in eqn.params["dimensions"]}
+    if not _is_whole(operands[0], changes):
+        return NotImplemented
     return _moved(ctx, eqn, operands, lambda f: _along(f, changes), _identity(len(operands[0].shape)))
 
 
@@ -225,7 +263,9 @@ def _pieces(ctx: Any, eqn: Any, weight: Weight, axis: int, sizes: Sequence[int],
 @_rule(compat.split_p)
 def _split(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     (weight,) = operands
-    bases = compat.bind(eqn, [weight.base])
+    if not _is_whole(weight, [eqn.params["axis"]]):
+        return NotImplemented
+    bases = deferred.bind(eqn, [weight.base])
     return _pieces(ctx, eqn, weight, eqn.params["axis"], [int(n) for n in eqn.params["sizes"]], bases)
 
 
@@ -233,7 +273,9 @@ def _split(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
 def _unstack(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     (weight,) = operands
     axis, n = eqn.params["axis"], len(weight.shape)
-    bases = [lax.expand_dims(b, (axis,)) for b in compat.bind(eqn, [weight.base])]
+    if not _is_whole(weight, [axis]):
+        return NotImplemented
+    bases = [lax.expand_dims(b, (axis,)) for b in deferred.bind(eqn, [weight.base])]
     thin = _pieces(ctx, eqn, weight, axis, [1] * len(bases), bases)
     return [_without(w, axis) for w in thin] if n else NotImplemented
 
@@ -244,7 +286,7 @@ def _without(weight: Weight, axis: int) -> Weight:
     new = {old: i for i, old in enumerate(kept)}
     partial = [_relabelled(f, new) for f in weight.partial_factors()]
     origins = tuple(weight.origins[i] for i in kept)
-    return rebuild(weight, lax.squeeze(weight.base, (axis,)), partial, origins=origins)
+    return rebuild(weight, lax.squeeze(deferred.force(weight.base), (axis,)), partial, origins=origins)
 
 
 @_rule(compat.mul_p, compat.div_p)
@@ -275,15 +317,15 @@ def _scale(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
             return NotImplemented
         i = min(fit, key=lambda i: jnp.size(term.factors[i].array))
         terms.append(Term((*term.factors[:i], scaled(term.factors[i]), *term.factors[i + 1 :]), term.dropout))
-    (base,) = compat.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
+    (base,) = deferred.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
     partial = [f for t in terms for f in t.factors][1:]
-    return [rebuild(weight, base, partial)]
+    return [rebuild(weight, base, [*partial, *weight.partial_factors()[len(partial) :]])]
 
 
 @_rule(compat.neg_p)
 def _neg(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     (weight,) = operands
-    (base,) = compat.bind(eqn, [weight.base])
+    (base,) = deferred.bind(eqn, [weight.base])
     partial = list(weight.partial_factors())
     at = len(weight.terms[0].factors) - 1
     for term in weight.terms[1:]:
@@ -304,7 +346,7 @@ def _with_axis(x: Any, axis: int) -> Any:
     new = {i: i + (i >= axis) for i in range(len(x.shape))}
     origins = (*x.origins[:axis], frozenset(), *x.origins[axis:])
     partial = [_relabelled(f, new) for f in x.partial_factors()]
-    return rebuild(x, lax.expand_dims(x.base, (axis,)), partial, origins=origins)
+    return rebuild(x, lax.expand_dims(deferred.force(x.base), (axis,)), partial, origins=origins)
 
 
 @_rule(compat.concatenate_p)
@@ -319,9 +361,10 @@ def _joined(ctx: Any, eqn: Any, parts: Sequence[Any], operands: Sequence[Any], a
     that is joined to an activation (a class token) is no weight.
     """
     weights = [p for p in parts if isinstance(p, Weight)]
-    if any(len(w.terms[0].factors) > 1 for w in weights) or (ctx.tracing and not all(ctx.fixed)):
+    whole = any(len(w.terms[0].factors) > 1 or w.gains or w.outputs for w in weights)
+    if whole or (ctx.tracing and not all(ctx.fixed)):
         return NotImplemented
-    (base,) = compat.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
+    (base,) = compat.bind(eqn, [deferred.force(x.base) if isinstance(x, Weight) else x for x in operands])
     terms, start, total = [], 0, jnp.shape(base)[axis]
     for part in parts:
         size = jnp.shape(part.base if isinstance(part, Weight) else part)[axis]
@@ -380,8 +423,15 @@ def _gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     indexed = [a for a in numbers.start_index_map if weight.shape[a] > 1]
     if any(sizes[a] != weight.shape[a] for a in windows if a not in indexed):
         return NotImplemented
+    if batch:  # rows of a tied embedding are no output of its product
+        kept = tuple(o for o in weight.outputs if not _cuts(o, weight, indexed))
+        weight = dataclasses.replace(weight, outputs=kept)
+        operands = [weight, indices]
+    elif _cuts_outputs(weight, indexed):
+        return NotImplemented
 
     def change(f: Factor) -> Factor:
+        f = _whole(f, indexed)
         mine = [a for a in numbers.start_index_map if a in f.axes]
         lots = [a for a in batching if a in f.axes]
         if not mine and not lots:
@@ -393,7 +443,7 @@ def _gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
             if len(mine) < len(numbers.start_index_map)
             else indices
         )
-        out_axes = [*batch, *(windows.get(f.axes[i], f.axes[i]) for i in window)]
+        out_axes = [*batch, *relabelled([f.axes[i] for i in window], lambda a: windows[a])]
         out = lax.gather(
             f.array,
             picked,
@@ -415,3 +465,18 @@ def _gather(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
         sources[new] = (old,)
     looked_up = frozenset((*o, bool(batch)) for a in indexed if sizes[a] == 1 for o in weight.origins[a])
     return _moved(ctx, eqn, operands, change, sources, lookups=weight.lookups | looked_up)
+
+
+# Rules for which an axis may be cut into parts: they rename axes, keep them as they are, or decline by themselves.
+CUT = {
+    *(
+        compat.slice_p,
+        compat.dynamic_slice_p,
+        compat.split_p,
+        compat.unstack_p,
+        compat.rev_p,
+        compat.broadcast_in_dim_p,
+    ),
+    *(compat.transpose_p, compat.squeeze_p, compat.stop_gradient_p, compat.convert_element_type_p, compat.copy_p),
+    *(compat.gather_p, compat.optimization_barrier_p, compat.device_put_p, compat.name_p, compat.pvary_p),
+}

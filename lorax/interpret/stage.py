@@ -20,6 +20,14 @@ class Staged:
     args: Sequence[Any]  # array leaves of the arguments
     finish: Callable[[Sequence[Any]], Any]  # flat array outputs -> what the function returns
 
+    def aval(self, path: str) -> Any:
+        """Return a parameter, of a quantised one only the shape and dtype that it stands for."""
+        return _aval(self.params[path])
+
+
+def _aval(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if paths.is_quantized(x) else x
+
 
 def stage(
     fn: Callable[..., Any], flat_params: tuple[dict[str, Any], Any], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -44,7 +52,7 @@ def stage(
         returned[:] = [out_tree, is_out, [None if d else x for x, d in zip(out_leaves, is_out, strict=True)]]
         return [x for x, d in zip(out_leaves, is_out, strict=True) if d]
 
-    jaxpr = jax.make_jaxpr(flat)(*(x for x, d in zip(leaves, dynamic, strict=True) if d))
+    jaxpr = jax.make_jaxpr(flat)(*(_aval(x) for x, d in zip(leaves, dynamic, strict=True) if d))
     out_tree, is_out, fixed = returned
 
     def finish(outs: Sequence[Any]) -> Any:

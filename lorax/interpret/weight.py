@@ -6,25 +6,38 @@ thus never built: moving its axes moves the axes of its arrays, a product with a
 with one array after another, and the dense weight is the same product without an activation. Methods, layout rules
 and uses know nothing of each other.
 
-Labels: an int is an axis of the weight in its present layout, a string a bond that is summed over, a tuple a free
-axis of an activation.
+Labels: an int is an axis of the weight in its present layout, a `Part` one of two that such an axis is cut into, a
+string a bond that is summed over, a tuple a free axis of an activation.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lorax import compat
+from lorax.interpret.deferred import Deferred
 
 Label = Any
 Origin = frozenset[tuple[str, int]]  # (leaf path, axis of that leaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The label of one of two parts that an axis is cut into: the first counts slowly, the second fast."""
+
+    axis: int
+    which: int
+    sizes: tuple[int, int]
+
+    @property
+    def size(self) -> int:
+        """The size of this part."""
+        return self.sizes[self.which]
 
 
 @jax.tree_util.register_dataclass
@@ -50,20 +63,20 @@ class Expression:
     """A sum of terms: what a method's `weight` computes with.
 
     `+` adds, `*` and `@` multiply (axes of one weight side by side, bonds summed over), a Python or array scalar
-    scales.
+    scales. `gains` multiply the whole sum.
     """
 
     terms: tuple[Term, ...]
+    gains: tuple[Factor, ...] = ()
 
     def __add__(self, other: Expression) -> Expression:
-        return Expression(self.terms + other.terms)
+        return Expression(self._spread() + other._spread())
 
     def __mul__(self, other: Expression | float | jax.Array) -> Expression:
         if not isinstance(other, Expression):
             other = Expression((Term((Factor(jnp.asarray(other), ()),)),))
-        return Expression(
-            tuple(Term(s.factors + t.factors, max(s.dropout, t.dropout)) for s in self.terms for t in other.terms)
-        )
+        pairs = ((s, t) for s in self._spread() for t in other._spread())
+        return Expression(tuple(Term(s.factors + t.factors, max(s.dropout, t.dropout)) for s, t in pairs))
 
     __matmul__ = __rmul__ = __mul__
 
@@ -75,7 +88,41 @@ class Expression:
 
     def with_dropout(self, rate: float) -> Expression:
         """Return the expression with dropout on the activation that enters it, during training only."""
-        return Expression(tuple(Term(t.factors, rate) for t in self.terms))
+        return Expression(tuple(Term(t.factors, rate) for t in self.terms), self.gains)
+
+    def rescaled(self, gain: Expression) -> Expression:
+        """Multiply the whole sum by a gain that is nowhere zero.
+
+        The value is that of `*`. The gain is applied to the sum of the products, and its derivative is taken from the
+        result, which most functions keep anyway, so that no product has to be kept for it.
+        """
+        (term,) = gain.terms
+        return Expression(self.terms, (*self.gains, *term.factors))
+
+    def _spread(self) -> tuple[Term, ...]:
+        return tuple(Term((*t.factors, *self.gains), t.dropout) for t in self.terms)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a method does to the result of a use that leaves the axes `over` of the leaf free."""
+
+    factors: tuple[Factor, ...]
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    method: Any = dataclasses.field(metadata={"static": True})
+    over: Origin = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A method that has yet to say what the weight is: what it derives from the base is derived layer by layer."""
+
+    factors: tuple[Factor, ...]
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    method: Any = dataclasses.field(metadata={"static": True})
+    site: Any = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -84,8 +131,10 @@ class Weight:
     """A weight in the layout that the traced function has given it so far.
 
     The first factor of the first term spans all axes: it is the base, in exactly the layout and dtype that the plain
-    function would have at this point. `origins` says which leaf axes each axis comes from, `lookups` which leaf axes
-    were indexed away by data: with a batch of indices (True) or a single one (False).
+    function would have at this point. The gains multiply the sum of the terms. `origins` says which leaf axes each
+    axis comes from, `lookups` which leaf axes were indexed away by data: with a batch of indices (True) or a single
+    one (False). The outputs are no part of the weight: they act where it is used. A weight that is pending is the
+    base alone, in the leaf's layout but for leading axes that scans have taken.
     """
 
     terms: tuple[Term, ...]
@@ -94,6 +143,9 @@ class Weight:
     origins: tuple[Origin, ...] = dataclasses.field(metadata={"static": True})
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     lookups: frozenset[tuple[str, int, bool]] = dataclasses.field(metadata={"static": True})
+    gains: tuple[Factor, ...] = ()
+    outputs: tuple[Output, ...] = ()
+    pending: Pending | None = None
 
     @property
     def base(self) -> Any:
@@ -108,14 +160,57 @@ class Weight:
     @property
     def is_plain(self) -> bool:
         """Whether nothing but one array over all axes is left: an ordinary array."""
-        return len(self.terms) == 1 and len(self.terms[0].factors) == 1
+        return self.is_bare and not isinstance(self.base, Deferred)
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is the base alone, quantised or not."""
+        changes = self.gains or self.outputs or self.pending
+        return len(self.terms) == 1 and len(self.terms[0].factors) == 1 and not changes
+
+    def factors(self) -> list[Factor]:
+        """Return all factors, the base first."""
+        return [
+            *(f for t in self.terms for f in t.factors),
+            *self.gains,
+            *(f for output in self.outputs for f in output.factors),
+            *(self.pending.factors if self.pending else ()),
+        ]
 
     def partial_factors(self) -> list[Factor]:
         """Return all factors but the base."""
-        return [f for t in self.terms for f in t.factors][1:]
+        return self.factors()[1:]
+
+    def with_factors(self, factors: Iterable[Factor], **changes: Any) -> Weight:
+        """Return the weight with all factors replaced, in the order of `factors()`."""
+        rest = iter(factors)
+        take = lambda old: tuple(next(rest) for _ in old)
+        return dataclasses.replace(
+            self,
+            terms=tuple(Term(take(t.factors), t.dropout) for t in self.terms),
+            gains=take(self.gains),
+            outputs=tuple(dataclasses.replace(o, factors=take(o.factors)) for o in self.outputs),
+            pending=self.pending and dataclasses.replace(self.pending, factors=take(self.pending.factors)),
+            **changes,
+        )
+
+    def cuts(self) -> dict[int, tuple[int, int]]:
+        """Return the axes that some array spans a part of, and the sizes of their parts."""
+        return {a.axis: a.sizes for f in self.factors() for a in f.axes if isinstance(a, Part)}
+
+    def settled(self) -> Weight:
+        """Return the weight with what its method makes of the base."""
+        if self.pending is None:
+            return self
+        arrays = {n: f.array for n, f in zip(self.pending.names, self.pending.factors, strict=True)}
+        site = self.pending.site.without_leading(len(self.pending.site.shape) - self.ndim)
+        made = self.pending.method.build(site, self.base, arrays)
+        over = lambda output: frozenset().union(*(self.origins[a] for _, a in output.over))
+        outputs = tuple(dataclasses.replace(o, over=over(o)) for o in made.outputs)
+        return dataclasses.replace(made, outputs=outputs, origins=self.origins, lookups=self.lookups)
 
 
-def leaf_weight(path: str, base: Any, expression: Expression) -> Weight:
+def leaf_weight(path: str, base: Any, expression: Expression, outputs: tuple[Output, ...] = ()) -> Weight:
     """Return a leaf's adapted weight in the leaf's own layout."""
     axes = tuple(range(len(base.shape)))
     terms = list(expression.terms)
@@ -133,18 +228,33 @@ def leaf_weight(path: str, base: Any, expression: Expression) -> Weight:
         tuple(frozenset({(path, i)}) for i in axes),
         (path,),
         frozenset(),
+        expression.gains,
+        outputs,
     )
+
+
+def quantized_weight(path: str, node: Any) -> Weight:
+    """Return the weight of a quantised leaf that is not adapted."""
+    base = Deferred(node)
+    return leaf_weight(path, base, Expression((Term((Factor(base, tuple(range(base.ndim))),)),)))
 
 
 def rebuild(weight: Weight, base: Any, partial: Iterable[Factor], **changes: Any) -> Weight:
     """Return the weight with its base array and its other factors replaced, in order."""
-    rest = iter(partial)
-    full = Factor(base, tuple(range(jnp.ndim(base))))
-    terms = []
-    for i, term in enumerate(weight.terms):
-        kept = [full if i == j == 0 else next(rest) for j in range(len(term.factors))]
-        terms.append(Term(tuple(kept), term.dropout))
-    return dataclasses.replace(weight, terms=tuple(terms), **{"shape": jnp.shape(base), "dtype": base.dtype, **changes})
+    full = Factor(base, tuple(range(base.ndim)))
+    return weight.with_factors([full, *partial], **{"shape": tuple(base.shape), "dtype": base.dtype, **changes})
+
+
+def relabelled(axes: Sequence[Label], new: Callable[[int], int]) -> tuple[Label, ...]:
+    """Rename the weight's axes in an array's labels."""
+    one = lambda a: Part(new(a.axis), a.which, a.sizes) if isinstance(a, Part) else new(a) if isinstance(a, int) else a
+    return tuple(one(a) for a in axes)
+
+
+def in_parts(labels: Sequence[Label], cuts: Mapping[int, tuple[int, int]]) -> tuple[Label, ...]:
+    """Return the labels with each axis that is cut replaced by its two parts."""
+    parts = lambda a: (Part(a, 0, cuts[a]), Part(a, 1, cuts[a])) if isinstance(a, int) and a in cuts else (a,)
+    return tuple(b for a in labels for b in parts(a))
 
 
 def cast(x: Any, dtype: Any) -> Any:
@@ -152,143 +262,8 @@ def cast(x: Any, dtype: Any) -> Any:
     return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One factor met by an activation: a scale along existing axes, or a product that sums over some."""
-
-    factor: int
-    out_axes: tuple[Label, ...]
-    scale: tuple[tuple[int, ...], tuple[int, ...]] | None  # the factor's axes in the activation's order; axes it lacks
-    dims: Any  # dot_general's dimension numbers
-
-
-@functools.lru_cache(maxsize=4096)
-def contraction(
-    x_axes: tuple[Label, ...], factors: tuple[tuple[Label, ...], ...], contracted: frozenset[Label]
-) -> tuple[tuple[Step, ...], tuple[int, ...]]:
-    """Plan the contraction of an activation with a product of factors; a model has few different ones.
-
-    The activation meets those that it shares a contracted axis with first, and no two factors are multiplied with each
-    other, so that `x·A·B` costs two thin products whatever the axes are. A bond is summed when its last factor is met.
-
-    Returns:
-      The steps, and the axes of the last output that no factor varies along and that are left to sum over.
-    """
-    order = sorted(range(len(factors)), key=lambda i: not contracted.intersection(factors[i]))
-    steps = []
-    for at, i in enumerate(order):
-        f_axes = factors[i]
-        later = {a for j in order[at + 1 :] for a in factors[j]}
-        summed = {a for a in (*x_axes, *f_axes) if (a in contracted or isinstance(a, str)) and a not in later}
-        if all(a in x_axes and a not in summed for a in f_axes):
-            inner = sorted(range(len(f_axes)), key=lambda k: x_axes.index(f_axes[k]))
-            missing = tuple(k for k, a in enumerate(x_axes) if a not in f_axes)
-            steps.append(Step(i, x_axes, (tuple(inner), missing), None))
-            continue
-        shared = [a for a in x_axes if a in f_axes]
-        dims = tuple(
-            tuple(tuple(axes.index(a) for a in shared if (a in summed) == is_summed) for axes in (x_axes, f_axes))
-            for is_summed in (True, False)
-        )
-        x_axes = (
-            *(a for a in shared if a not in summed),
-            *(a for a in x_axes if a not in shared),
-            *(a for a in f_axes if a not in shared),
-        )
-        steps.append(Step(i, x_axes, None, dims))
-    return tuple(steps), tuple(k for k, a in enumerate(x_axes) if a in contracted)
-
-
-def absorb(
-    x: Any,
-    x_axes: Sequence[Label],
-    factors: Sequence[Factor],
-    contracted: Collection[Label],
-    *,
-    precision: Any = None,
-    specs: dict[Label, Any] | None = None,
-) -> tuple[Any, tuple[Label, ...]]:
-    """Contract an activation with a product of factors, one after another.
-
-    Args:
-      x: the activation.
-      x_axes: its labels.
-      factors: the factors, of its dtype.
-      contracted: the weight axes to sum over.
-      precision: of the products.
-      specs: the mesh axes of each label, where sharding is explicit in types.
-
-    Returns:
-      The product and its labels.
-    """
-    x_axes = tuple(x_axes)
-    steps, rest = contraction(x_axes, tuple(f.axes for f in factors), frozenset(contracted))
-    for step in steps:
-        f, x_axes = factors[step.factor], step.out_axes
-        array = f.array if specs is None else _laid_out(f.array, f.axes, specs)
-        if step.scale is not None:
-            inner, missing = step.scale
-            if f.axes:
-                array = lax.expand_dims(lax.transpose(array, inner), missing)
-            x = lax.mul(x, cast(array, x.dtype))
-        else:
-            sharding = None if specs is None else _sharding(specs, x_axes)
-            x = lax.dot_general(
-                x, array, step.dims, precision=precision, preferred_element_type=x.dtype, out_sharding=sharding
-            )
-    if rest:
-        x, x_axes = jnp.sum(x, axis=rest), tuple(a for k, a in enumerate(x_axes) if k not in rest)
-    return x, x_axes
-
-
-def arrange(x: Any, x_axes: Sequence[Label], wanted: Sequence[Label], shape: Sequence[int]) -> Any:
-    """Transpose to the wanted labels and broadcast along those that are missing."""
-    assert set(x_axes) <= set(wanted), (x_axes, wanted)
-    order = [x_axes.index(a) for a in wanted if a in x_axes]
-    if order != sorted(order):
-        x = lax.transpose(x, order)
-    present = [i for i, a in enumerate(wanted) if a in x_axes]
-    return x if len(present) == len(shape) else lax.broadcast_in_dim(x, tuple(shape), present)
-
-
-def dense(weight: Weight) -> Any:
-    """Return the weight as one array: the reference that every faster path has to agree with."""
-    if weight.is_plain:
-        return weight.base
-    wanted = range(len(weight.shape))
-    specs = _specs(weight) if compat.explicit_mesh(weight.base) else None
-    total = None
-    for term in weight.terms:
-        first = max(term.factors, key=lambda f: len(f.axes))
-        rest = sorted((f for f in term.factors if f is not first), key=lambda f: len(f.axes))  # scalars first
-        dtype = functools.reduce(jnp.promote_types, [f.array.dtype for f in term.factors])
-        start = cast(first.array if specs is None else _laid_out(first.array, first.axes, specs), dtype)
-        rest = [Factor(cast(f.array, dtype), f.axes) for f in rest]
-        x, x_axes = absorb(start, first.axes, rest, (), precision=lax.Precision.HIGHEST, specs=specs)
-        x = arrange(x, x_axes, wanted, weight.shape)
-        total = x if total is None else total + x
-    assert total is not None
-    return cast(total, weight.dtype)
-
-
-def _specs(weight: Weight) -> dict[Label, Any]:
-    typeof = jax.typeof(weight.base)
-    return {"mesh": typeof.sharding.mesh, **dict(enumerate(typeof.sharding.spec))}
-
-
-def _sharding(specs: dict[Label, Any], axes: Sequence[Label]) -> Any:
-    used: set[str] = set()
-    entries = []
-    for a in axes:  # a mesh axis can split one axis of an array only
-        entry = specs.get(a)
-        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
-        entries.append(None if used & set(names) else entry)
-        used |= set(names)
-    return jax.sharding.NamedSharding(specs["mesh"], jax.P(*entries))
-
-
-def _laid_out(array: Any, axes: Sequence[Label], specs: dict[Label, Any] | None) -> Any:
-    if specs is None or not axes:
-        return array
-    axes = [a if n != 1 else "one" for a, n in zip(axes, jnp.shape(array), strict=True)]
-    return jax.sharding.reshard(array, _sharding(specs, axes))
+def sizes_in_parts(axes: Sequence[Label], shape: Sequence[int], cuts: Mapping[int, tuple[int, int]]) -> list[int]:
+    """Return the shape of an array after `in_parts`."""
+    return [
+        m for a, n in zip(axes, shape, strict=True) for m in (cuts[a] if isinstance(a, int) and a in cuts else (n,))
+    ]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 
-from lorax.interpret.weight import Expression, Factor, Term, Weight, leaf_weight
+from lorax import compat
+from lorax.interpret.deferred import Deferred
+from lorax.interpret.weight import Expression, Factor, Output, Part, Pending, Term, Weight, leaf_weight
+from lorax.paths import is_quantized
 from lorax.sites import Site
 
 Arrays = dict[str, jax.Array]
@@ -25,12 +29,17 @@ class Method:
 
     Attributes:
       arrays: for each array the letters of its axes: `S` stack (layers, experts), `I` fan-in, `O` fan-out, `W` all
-        axes of the leaf in order; any other letter is a bond of the method's own, summed over in `weight`.
+        axes of the leaf in order; any other letter is a bond of the method's own, summed over in `weight`. A site
+        need not have all of them, and a scalar may stand for one that is the same everywhere.
+      output_arrays: those that `output` gets and `weight` does not.
       is_invertible: whether the base follows from the merged weight, as it does when `weight` is `g * w + delta`.
+      acts_on_lookups: whether `output` is about rows that are looked up, also of a weight that products read as well.
     """
 
     arrays: ClassVar[Mapping[str, str]] = {}
+    output_arrays: ClassVar[tuple[str, ...]] = ()
     is_invertible: ClassVar[bool] = True
+    acts_on_lookups: ClassVar[bool] = False
 
     def refuses(self, site: Site) -> str | None:
         """Return why a site cannot be adapted in this way, or None when it can."""
@@ -47,18 +56,50 @@ class Method:
           base: the base leaf, an array or a tracer of `site.shape`; never to be changed.
 
         Returns:
-          Two dicts with, together, the names in `arrays`. The weight they give has to equal the base.
+          Two dicts of arrays that `arrays` describes. The weight they give has to equal the base.
         """
         raise NotImplementedError
+
+    def shared(self, site: Site) -> tuple[str, Callable[[], Arrays]] | None:
+        """Return the name and the maker of arrays that a site has in common with others; mostly there are none.
+
+        An adapter holds what has one name once, beside the sites' own state. The arrays follow from the name alone,
+        are described by `arrays` like the site's own, and are not trained.
+        """
+        return None
+
+    def derive(self, site: Site, base: Any, arrays: Mapping[str, Any]) -> Arrays:
+        """Return what `weight` needs besides and follows from the base and the arrays, such as norms; often nothing."""
+        return {}
+
+    @property
+    def derives(self) -> bool:
+        """Whether `derive` returns anything."""
+        return type(self).derive is not Method.derive
 
     def weight(self, w: Expression, *args: Any, **arrays: Any) -> Expression:
         """Return the merged weight as an expression of the base `w` and the method's arrays: the method's meaning."""
         raise NotImplementedError(f"{type(self).__name__} has no merged weight")
 
+    def output(self, y: Any, x: Any, *args: Any, **arrays: Any) -> Any:
+        """Return the output of a use after what the method does to it, where that is no change of the weight.
+
+        Args:
+          y: the output, a `lorax.interpret.activation.Activation`: `@` contracts it with an array, `+` adds one.
+          x: the activation that entered the use, likewise.
+          *args: none.
+          **arrays: those of `output_arrays` that the site has.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does nothing to the output")
+
     @property
     def is_mergeable(self) -> bool:
-        """Whether the method has a merged weight."""
-        return type(self).weight is not Method.weight
+        """Whether the method has a merged weight and that is all it does."""
+        return type(self).weight is not Method.weight and not self.output_arrays
+
+    def axes(self, site: Site, name: str) -> tuple[Any, ...]:
+        """Return the labels of an array's axes at a site: those that its letters in `arrays` stand for."""
+        return site.axes(self.arrays[name])
 
     def leaf(self, site: Site, base: Any, arrays: Mapping[str, Any]) -> Weight:
         """Return a leaf's adapted weight.
@@ -66,18 +107,57 @@ class Method:
         Raises:
           ValueError: an array has another shape than the site and the method say.
         """
+        base = Deferred(base) if is_quantized(base) else base
+        if not self.derives:
+            return self.build(site, base, arrays)
+        whole = Expression((Term((Factor(base, tuple(range(len(site.shape)))),)),))
+        named = {name: e.terms[0].factors[0] for name, e in self._labelled(site, arrays).items()}
+        pending = Pending(tuple(named.values()), tuple(named), self, site)
+        return dataclasses.replace(leaf_weight(site.path, base, whole), pending=pending)
+
+    def build(self, site: Site, base: Any, arrays: Mapping[str, Any]) -> Weight:
+        """Return the adapted weight of a leaf, or of a layer of it, with what follows from the base."""
+        if self.derives:
+            node = base.node if isinstance(base, Deferred) else base
+            arrays = {**arrays, **self.derive(site, node, arrays)}
+        named = self._labelled(site, arrays)
+        at_output = {name: named.pop(name) for name in self.output_arrays if name in named}
+        whole = Expression((Term((Factor(base, tuple(range(len(site.shape)))),)),))
+        weight = self.weight(whole, **named) if type(self).weight is not Method.weight else whole
+        outputs = ()
+        if at_output:
+            factors = tuple(e.terms[0].factors[0] for e in at_output.values())
+            over = frozenset((site.path, a) for a in site.axes("L" if self.acts_on_lookups else "O"))
+            outputs = (Output(factors, tuple(at_output), self, over),)
+        return leaf_weight(site.path, base, weight, outputs)
+
+    def _labelled(self, site: Site, arrays: Mapping[str, Any]) -> dict[str, Expression]:
         named = {}
-        for name, dims in self.arrays.items():
-            array, axes = arrays[name], site.axes(dims)
-            sized = zip(axes, array.shape, strict=False)
-            if len(array.shape) != len(axes) or any(n != site.shape[a] for a, n in sized if isinstance(a, int)):
+        for name, array in arrays.items():
+            axes = self.axes(site, name) if array.shape else ()
+            wanted = [None if isinstance(a, str) else a.size if isinstance(a, Part) else site.shape[a] for a in axes]
+            sized = zip(wanted, array.shape, strict=False)
+            if len(array.shape) != len(axes) or any(n != m for m, n in sized if m is not None):
                 raise ValueError(
                     f"{site.path}: the adapter's {name!r} has shape {tuple(array.shape)}, which is not that of "
                     f"{self} for a weight of shape {site.shape}. Values of several adapters are for jax.vmap"
                 )
             named[name] = Expression((Term((Factor(array, axes),)),))
-        whole = Expression((Term((Factor(base, tuple(range(len(site.shape)))),)),))
-        return leaf_weight(site.path, base, self.weight(whole, **named))
+        return named
+
+
+def base_values(site: Site, base: Any) -> Any:
+    """Return a base leaf for an initial value that depends on it; zeros for an abstract one, where nothing is run.
+
+    Raises:
+      ValueError: the base is abstract, and values are wanted.
+    """
+    if not isinstance(base, jax.ShapeDtypeStruct):
+        return base
+    value = jnp.zeros(base.shape, base.dtype)
+    if not compat.is_traced(value):
+        raise ValueError(f"{site.path}: it starts at values of the base, and the params are abstract: use eval_shape")
+    return value
 
 
 M = TypeVar("M", bound=type[Method])

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax import compat
 from lorax.interpret.weight import Expression
-from lorax.methods.base import Arrays, Method, register
+from lorax.methods.base import Arrays, Method, base_values, register
+from lorax.paths import is_quantized
 from lorax.sites import Site
 
 
@@ -38,15 +38,9 @@ class Full(Method):
 
     def init(self, key: jax.Array, site: Site, base: Any) -> tuple[Arrays, Arrays]:
         """Copy the base; of abstract params only the shape counts, so that they are for `jax.eval_shape` alone."""
-        dtype = self.dtype or base.dtype
-        if not isinstance(base, jax.ShapeDtypeStruct):
-            return {"value": jnp.array(base, dtype=dtype)}, {}
-        value = jnp.zeros(base.shape, dtype)
-        if not compat.is_traced(value):
-            raise ValueError(
-                f"{site.path}: Full starts at the base's values, and the params are abstract: use eval_shape"
-            )
-        return {"value": value}, {}
+        base = base_values(site, base)
+        value = base.dequantize() if is_quantized(base) else base
+        return {"value": jnp.array(value, dtype=self.dtype or base.dtype)}, {}
 
     def weight(self, w: Expression, *, value: Expression) -> Expression:
         """The trained copy."""

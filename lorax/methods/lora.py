@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lorax.interpret.weight import Expression
-from lorax.methods.base import Arrays, Method, register
+from lorax.methods.base import Arrays, register
+from lorax.methods.lowrank import LowRank
 from lorax.sites import Site
-
-INITIALIZERS = ("uniform", "normal", "orthogonal")
 
 
 @register
-class LoRA(Method):
+class LoRA(LowRank):
     """Low-rank adaptation, Hu et al. 2021 (arXiv:2106.09685, section 4.1): `h = x·W + s·(x·A)·B`.
 
-    `A` has the stacked and fan-in axes and `rank`, `B` has the stacked axes, `rank` and the fan-out axes. `B` starts
-    at zero; of an embedding `A` does, and `B` is standard normal (as in PEFT).
+    `B` starts at zero; of an embedding `A` does, and `B` is standard normal (as in PEFT).
 
     Attributes:
       rank: width of the product, at least 1.
@@ -29,54 +27,57 @@ class LoRA(Method):
       dropout: probability of dropping an entry of `x` on its way into `A`, when `adapted` is given an `rng`. An
         embedding's lookup, and a weight that has to be built, have none.
       dtype: dtype of the factors; products are computed in the dtype that the function casts its weight to.
-      initializer: of `A`: `uniform` on ±1/√fan_in (PEFT's default), `normal` with standard deviation 1/rank, or
-        `orthogonal` columns (rows, where the rank is above the fan-in) in each layer.
+      initializer: how the factors start, see `lorax.methods.initializers`.
+      bias: also train a bias on `B`, so that `s·bias` is added to the output (PEFT's `lora_bias`); such an adapter has
+        no merged weight.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    rank_stabilized: bool = False
-    dropout: float = 0.0
-    dtype: Any = "float32"
-    initializer: str = "uniform"
+    bias: bool = False
 
-    arrays = {"a": "SIR", "b": "SRO", "scale": ""}
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"LoRA: rank is {self.rank!r}; it has to be a whole number of at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA: dropout is {self.dropout!r}; it has to lie in [0, 1)")
-        if self.initializer not in INITIALIZERS:
-            raise ValueError(f"LoRA: initializer is {self.initializer!r}; known are {', '.join(INITIALIZERS)}")
-        if not jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating):
-            raise ValueError(f"LoRA: dtype is {self.dtype!r}; factors have to be floating point")
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+    arrays = {"a": "SIR", "b": "SRO", "scale": "S", "a0": "SIR", "b0": "SRO", "bias": "SO", "shift": "SO"}
+    output_arrays = ("shift",)
 
     @property
-    def scaling(self) -> float:
-        """The factor `s` in front of `A·B`."""
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+    def is_mergeable(self) -> bool:
+        """Whether there is no bias."""
+        return not self.bias
+
+    def refuses(self, site: Site) -> str | None:
+        """Refuse a bias on rows of several groups, besides what nothing can adapt."""
+        if self.bias and site.kind == "grouped":
+            return "the rows of a ragged product belong to several experts, and a bias to one"
+        return super().refuses(site)
 
     def init(self, key: jax.Array, site: Site, base: Any) -> tuple[Arrays, Arrays]:
-        """Draw `A`, set `B` to zero (of an embedding the other way round)."""
-        a_shape, b_shape = site.dims("SIR", R=self.rank), site.dims("SRO", R=self.rank)
-        state = {"scale": jnp.asarray(self.scaling, jnp.float32)}
-        if site.kind == "embedding":
-            return {"a": jnp.zeros(a_shape, self.dtype), "b": jax.random.normal(key, b_shape, self.dtype)}, state
-        return {"a": self._draw(key, a_shape, site), "b": jnp.zeros(b_shape, self.dtype)}, state
+        """Draw the factors."""
+        trained, fixed = self.factors(key, site, base)
+        bias = {"bias": jnp.zeros(site.dims("SO"), self.dtype)} if self.bias else {}
+        return {**trained, **bias}, fixed
 
-    def _draw(self, key: jax.Array, shape: tuple[int, ...], site: Site) -> jax.Array:
-        if self.initializer == "normal":
-            return jax.random.normal(key, shape, self.dtype) / self.rank
-        if self.initializer == "orthogonal":
-            keys = jax.random.split(key, site.size("S"))
-            one = lambda k: jax.nn.initializers.orthogonal()(k, (site.size("I"), self.rank), jnp.float32)
-            return jax.vmap(one)(keys).reshape(shape).astype(self.dtype)
-        bound = 1 / math.sqrt(site.size("I"))
-        return jax.random.uniform(key, shape, self.dtype, -bound, bound)
+    @property
+    def derives(self) -> bool:
+        """Whether there is a bias."""
+        return self.bias
 
-    def weight(self, w: Expression, *, a: Expression, b: Expression, scale: Expression) -> Expression:
-        """`W + s·A·B`."""
-        return w + (a * scale @ b).with_dropout(self.dropout)
+    def derive(self, site: Site, base: Any, arrays: Mapping[str, Any]) -> Arrays:
+        """Return what a bias adds to the output."""
+        scale = arrays["scale"]
+        return {"shift": arrays["bias"] * scale.reshape(scale.shape + (1,) * (arrays["bias"].ndim - scale.ndim))}
+
+    def weight(
+        self,
+        w: Expression,
+        *,
+        a: Expression,
+        b: Expression,
+        scale: Expression,
+        a0: Expression | None = None,
+        b0: Expression | None = None,
+        bias: Expression | None = None,
+    ) -> Expression:
+        """`W + s·A·B`, less the initial product where there is one."""
+        return w + self.update(a, b, scale, a0, b0)
+
+    def output(self, y: Any, x: Any, *, shift: Any) -> Any:
+        """`y + s·bias`."""
+        return y + shift
