@@ -12,9 +12,12 @@ import lorax
 import lorax.checkpoint
 
 NAMES = {
-    "Adapter", "Full", "LoRA", "Method", "Site", "Sites", "Spec", "adapt", "checkpoint", "explain", "init", "join",
-    "labels", "mask", "merge", "register", "restore", "save", "split", "trace", "unmerge", "__version__",
+    "AdaLoRA", "Adapter", "Bottleneck", "DoRA", "FP4", "Full", "IA3", "Int4", "Int8", "LoHa", "LoKr", "LoRA", "LoRAFA",
+    "Method", "NF4", "Prefix", "Prompt", "Site", "Sites", "Spec", "TrainableTokens", "VeRA", "adapt", "checkpoint",
+    "dequantize", "eva", "explain", "init", "join", "labels", "loftq", "mask", "merge", "merge_quantized", "optim",
+    "peft", "prefix_from", "quantize", "register", "restore", "save", "split", "trace", "unmerge", "__version__",
 }  # fmt: skip
+LOW_RANK = "rank=8, alpha=None, rank_stabilized=False, dropout=0.0, dtype='float32', initializer='uniform'"
 
 # Names, kinds and defaults of parameters: annotations may become more precise.
 SIGNATURES = {
@@ -33,7 +36,39 @@ SIGNATURES = {
     "save": "(path, adapter, *, base, metadata=None)",
     "restore": "(path, *, base, shardings=None)",
     "register": "(cls)",
-    "LoRA": "(*, rank=8, alpha=None, rank_stabilized=False, dropout=0.0, dtype='float32', initializer='uniform')",
+    "LoRA": f"(*, {LOW_RANK}, bias=False)",
+    "DoRA": f"(*, {LOW_RANK})",
+    "LoRAFA": f"(*, {LOW_RANK})",
+    "LoHa": f"(*, {LOW_RANK})",
+    "LoKr": f"(*, {LOW_RANK}, factor=-1)",
+    "AdaLoRA": "(*, rank=12, target_rank=None, alpha=None, dropout=0.0, dtype='float32', initial_std=0.02)",
+    "VeRA": "(*, rank=256, d_initial=0.1, projection_seed=0, dropout=0.0, dtype='float32')",
+    "IA3": "(*, on='output', dtype='float32')",
+    "Bottleneck": "(*, rank=64, activation='gelu', dtype='float32')",
+    "Prompt": "(*, length=8, tokens=(), dtype='float32')",
+    "Prefix": "(*, length=8, initial_std=0.02, dtype='float32')",
+    "TrainableTokens": "(*, tokens=(), dtype=None)",
+    "eva": "(fn, params, adapter, batches, *, rho=2.0, whiten=False, adjusts_scale=True, memory=1073741824)",
+    "loftq": "(params, adapter, rules, *, sites=None, iterations=5)",
+    "prefix_from": "(fn, params, adapter, *args, **kwargs)",
+    "quantize": "(params, rules, *, sites=None)",
+    "dequantize": "(params)",
+    "merge_quantized": "(params, adapter)",
+    "NF4": "(*, block=64, double=True)",
+    "FP4": "(*, block=64, double=False, variant='bnb')",
+    "Int4": "(*, block=64, symmetric=True)",
+    "Int8": "()",
+    "optim.adalora": (
+        "(inner, adapter, *, total_steps, warmup_steps=0, final_steps=0, interval=1, beta1=0.85, beta2=0.85, "
+        "orthogonal_weight=0.5)"
+    ),
+    "optim.live_ranks": "(adapter)",
+    "optim.lora_plus_groups": "(adapter)",
+    "optim.offload": "(inner)",
+    "optim.orthogonality": "(adapter)",
+    "peft.Module": "(module, kind=None, transposed=None, tied='lm_head')",
+    "peft.load": "(directory, params, sites, *, names)",
+    "peft.save": "(directory, adapter, params, *, names, portable=False, task_type=None, base_model=None)",
     "Full": "(*, dtype=None)",
     "Adapter.replace": "(self, **changes)",
     "Method.init": "(self, key, site, base)",
@@ -107,8 +142,15 @@ def test_fields_of_results_are_these() -> None:
     }  # fmt: skip
 
 
-def test_methods_are_frozen_hashable_and_keyword_only() -> None:
-    for method in (lorax.LoRA(rank=4, alpha=8), lorax.Full()):
+FROZEN = [
+    *(lorax.LoRA(rank=4, alpha=8), lorax.DoRA(), lorax.AdaLoRA(), lorax.LoRAFA(), lorax.VeRA(), lorax.LoHa()),
+    *(lorax.LoKr(), lorax.IA3(), lorax.Full(), lorax.Bottleneck(), lorax.Prompt(), lorax.Prefix()),
+    *(lorax.TrainableTokens(tokens=(3,)), lorax.NF4(), lorax.FP4(), lorax.Int4(), lorax.Int8()),
+]
+
+
+def test_methods_and_formats_are_frozen_hashable_and_keyword_only() -> None:
+    for method in FROZEN:
         assert hash(method) == hash(dataclasses.replace(method))
         assert method == dataclasses.replace(method)
         with pytest.raises(dataclasses.FrozenInstanceError):
