@@ -145,7 +145,7 @@ def test_rank_and_alpha_differ_by_pattern() -> None:
         ({"rank": 2.0}, "rank is 2.0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"dropout": -0.1}, "dropout is -0.1"),
-        ({"initializer": "gaussian"}, "initializer is 'gaussian'"),
+        ({"initializer": "guassian"}, "initializer is 'guassian'"),
         ({"dtype": "int32"}, "dtype is 'int32'"),
     ],
 )

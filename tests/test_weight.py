@@ -10,7 +10,8 @@ from hypothesis import Phase, given, note, settings
 from hypothesis import strategies as st
 
 import lorax
-from lorax.interpret.weight import Expression, Factor, Term, absorb, contraction, dense, leaf_weight, rebuild
+from lorax.interpret.contraction import absorb, contraction, dense
+from lorax.interpret.weight import Expression, Factor, Term, leaf_weight, rebuild
 from tests.agreement import BF16_TOL, adapter_for, assert_agrees, equations, how, normal
 from tests.layout_chains import Chain, chains
 
