@@ -1,10 +1,10 @@
-"""Fine-tune a pretrained language model with LoRA: one command, one directory.
+"""Fine-tune a pretrained language model with LoRA or another method: one command, one directory.
 
-    python -m experiments.finetune --config=configs/quickstart.py [--config.lora.rank=16 …]
+    python -m experiments.finetune --config=configs/quickstart.py [--config.method=dora --config.lora.rank=16 …]
 
-Every setting of the configuration can be given on the command line; the result, the logs and `report.html`
-are in `config.run_dir`. The same command started again goes on where the run was, and does nothing more to a
-finished one.
+The methods are those of experiments/training/recipes.py. Every setting of the configuration can be given on
+the command line; the result, the logs and `report.html` are in `config.run_dir`. The same command started
+again goes on where the run was, and does nothing more to a finished one.
 
 Exit status: 0 when the run is finished; 1 for wrong settings or data; 2 for a wrong command line; 3 when a
 loss was not finite (the last good state is saved); 143 after SIGTERM and 130 after SIGINT (the state is

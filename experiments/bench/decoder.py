@@ -70,6 +70,22 @@ def plain_dense(layer: Any, x_xD: jax.Array) -> jax.Array:
     return x_xD @ layer["kernel"]
 
 
+def biased_dense(layer: Any, x_xD: jax.Array) -> jax.Array:
+    """`x·W + b`."""
+    return x_xD @ layer["kernel"] + layer["bias"]
+
+
+def with_biases(params: dict[str, Any]) -> dict[str, Any]:
+    """Put a bias of zeros beside every kernel, for `biased_dense`."""
+
+    def biased(node: Any) -> Any:
+        kernel = node.get("kernel") if isinstance(node, dict) else None
+        return node if kernel is None else {**node, "bias": jnp.zeros(kernel.shape[1], kernel.dtype)}
+
+    layers = [{name: biased(node) for name, node in layer.items()} for layer in params["layers"]]
+    return {**params, "layers": layers, "head": biased(params["head"])}
+
+
 def hand_written_lora(scale: float) -> Dense:
     """`x·W + s·(x·A)·B`, as one would write it into a layer."""
 

@@ -85,6 +85,7 @@ def encode_samples(
     *,
     max_positions: int,
     loss_on: Literal["last", "all"] = "last",
+    placeholders: Sequence[int] = (),
 ) -> Encodings:
     """Encodes chat samples for training; those that are too long are left out whole, and listed.
 
@@ -93,6 +94,7 @@ def encode_samples(
         tokenizer: encodes and renders them.
         max_positions: the longest row, in tokens.
         loss_on: learn the "last" answer of a conversation, or "all" of the assistant's.
+        placeholders: tokens in front of each sample, for methods that learn its first positions.
 
     Raises:
         ValueError: a template that renders the beginning of a conversation differently once more follows.
@@ -101,7 +103,7 @@ def encode_samples(
         raise ValueError(f'loss_on: got {loss_on!r}, wanted "last" or "all"')
     result = Encodings([], [])
     for index, sample in enumerate(samples):
-        example = _encode(sample, tokenizer, index, loss_on)
+        example = _after_placeholders(_encode(sample, tokenizer, index, loss_on), placeholders)
         if example.positions > max_positions:
             result.overlong.append(Overlong(index, example.positions))
         else:
@@ -135,6 +137,16 @@ def _encode(sample: Sample, tokenizer: Tokenizer, index: int, loss_on: str) -> E
         tokens.append(tokenizer.eos_id)
         is_answer.append(True)
     return Encoded(tokens=np.array(tokens, np.int32), is_answer=np.array(is_answer, bool), sample=index)
+
+
+def _after_placeholders(example: Encoded, placeholders: Sequence[int]) -> Encoded:
+    if not placeholders:
+        return example
+    return Encoded(
+        tokens=np.concatenate([np.array(placeholders, np.int32), example.tokens]),
+        is_answer=np.concatenate([np.zeros(len(placeholders), bool), example.is_answer]),
+        sample=example.sample,
+    )
 
 
 def _after(prefix: str, text: str, index: int) -> str:

@@ -12,6 +12,7 @@ from experiments.models import generation, gguf_file, hf_directory
 from experiments.models.llama import Llama, LlamaConfig
 from experiments.models.names import ModuleName, names_for
 from experiments.models.tokenizer import Tokenizer
+from experiments.models.weights import Formats
 
 __all__ = ["Llama", "LlamaConfig", "Model", "ModuleName", "Tokenizer", "load"]
 
@@ -77,6 +78,8 @@ class Model:
         max_new_tokens: int,
         stop_ids: Sequence[int] | None = None,
         transform: generation.Transform | None = None,
+        placeholders: Sequence[int] = (),
+        after: generation.Transform | None = None,
         batch_size: int = 32,
     ) -> list[list[int]]:
         """Continues prompts greedily; see `generation.generate`.
@@ -92,11 +95,15 @@ class Model:
             max_new_tokens=max_new_tokens,
             stop_ids=stop_ids,
             transform=transform,
+            placeholders=placeholders,
+            after=after,
             batch_size=batch_size,
         )
 
 
-def load(source: str | pathlib.Path, *, dtype: Any = jnp.float32, remat: str | None = None) -> Model:
+def load(
+    source: str | pathlib.Path, *, dtype: Any = jnp.float32, remat: str | None = None, formats: Formats | None = None
+) -> Model:
     """Loads a decoder of the Llama family.
 
     Args:
@@ -104,20 +111,23 @@ def load(source: str | pathlib.Path, *, dtype: Any = jnp.float32, remat: str | N
             with config.json and safetensors.
         dtype: dtype of the parameters and of the computation.
         remat: what to recompute in the backward pass, see `LlamaConfig`.
+        formats: `{pattern of leaf paths: format}`: linear layers to quantise while loading, so that their full
+            precision never has to fit. The functions of the model then go through `lorax.adapt`.
 
     Raises:
-        ValueError: if the source does not exist, is incomplete, or holds another architecture.
+        ValueError: if the source does not exist, is incomplete, or holds another architecture, or a pattern of
+            `formats` matches no linear layer.
     """
     path = gguf_file.find_in_wheel(*_WHEELS[str(source)]) if str(source) in _WHEELS else pathlib.Path(source)
     dtype = jnp.dtype(dtype)
     if path.is_dir():
         config = dataclasses.replace(hf_directory.read_config(path), dtype=dtype, remat=remat)
-        params = hf_directory.read_params(path, config, dtype)
+        params = hf_directory.read_params(path, config, dtype, formats)
         tokenizer = hf_directory.read_tokenizer(path)
     elif path.suffix == ".gguf":
         reader = gguf_file.open_reader(path)
         config = dataclasses.replace(gguf_file.read_config(reader), dtype=dtype, remat=remat)
-        params = gguf_file.read_params(reader, config, dtype, str(path))
+        params = gguf_file.read_params(reader, config, dtype, str(path), formats)
         tokenizer = gguf_file.read_tokenizer(reader)
     else:
         raise ValueError(

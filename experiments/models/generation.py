@@ -46,6 +46,8 @@ def generate(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     transform: Transform | None = None,
+    placeholders: Sequence[int] = (),
+    after: Transform | None = None,
     batch_size: int = 32,
 ) -> list[list[int]]:
     """Continues each prompt with the most probable tokens.
@@ -59,6 +61,9 @@ def generate(
         transform: turns the pure step `(params, ...) -> ...` into one with another first argument, for
             example `lambda step: lambda pair, *args: lorax.adapt(step)(*pair, *args)` with
             `params=(base, adapter)`. Pass the same function object each time: programs are compiled for it.
+        placeholders: tokens in front of every prompt, for methods that learn a sequence's first positions.
+        after: with placeholders, `transform` for all that follows the common prefix: it must not take the positions
+            that it reads for the first ones. None: no transform.
         batch_size: prompts in one batch.
 
     Returns:
@@ -67,16 +72,23 @@ def generate(
     Raises:
         ValueError: if a prompt is empty, or too long for the model's positions.
     """
-    _check(config, prompts, max_new_tokens, batch_size)
+    _check(config, prompts, len(placeholders) + max_new_tokens, batch_size)
     if not prompts:
         return []
     stop = tuple(sorted(set(int(i) for i in stop_ids)))
     step = cached_step(config, transform)
     rows = [[int(token) for token in prompt] for prompt in prompts]
-    prefix = _common_prefix(rows)
-    rest = [row[len(prefix) :] for row in rows]
+    shared = _common_prefix(rows)
+    rest = [row[len(shared) :] for row in rows]
+    prefix = [*(int(token) for token in placeholders), *shared]
     prefix_cache = None
-    if prefix:
+    if placeholders:
+        # With a token more, whose slot is dropped: a method that learns n positions takes n tokens for later ones.
+        longer = jnp.asarray([[*prefix, prefix[-1]]], jnp.int32)
+        read = _read_prefix(params, longer, step=step, config=config)
+        prefix_cache = {name: slots[:, :, : len(prefix)] for name, slots in read.items()}
+        step = cached_step(config, after)
+    elif prefix:
         prefix_cache = _read_prefix(params, jnp.asarray([prefix], jnp.int32), step=step, config=config)
     order = sorted(range(len(rest)), key=lambda i: len(rest[i]))
     size = min(batch_size, len(rest))
@@ -99,7 +111,7 @@ def _check(config: LlamaConfig, prompts: Sequence[Sequence[int]], new: int, batc
             raise ValueError(f"prompt {i} is empty; give it at least one token")
         if len(prompt) + new > config.max_positions:
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={new} that is more than "
+                f"prompt {i} has {len(prompt)} tokens; with {new} more, generated or in front of it, that is above "
                 f"the model's max_positions={config.max_positions}"
             )
 

@@ -10,7 +10,7 @@ import numpy as np
 from experiments.models.llama import LlamaConfig
 from experiments.models.names import ModuleName, names_for
 from experiments.models.tokenizer import PRE_TOKENIZERS, Tokenizer, byte_level_bpe
-from experiments.models.weights import fill_params
+from experiments.models.weights import Formats, fill_params
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -87,8 +87,10 @@ def read_config(reader: "GGUFReader") -> LlamaConfig:
     )
 
 
-def read_params(reader: "GGUFReader", config: LlamaConfig, dtype: Any, source: str) -> dict[str, Any]:
-    """Dequantises the weights into the decoder's parameters."""
+def read_params(
+    reader: "GGUFReader", config: LlamaConfig, dtype: Any, source: str, formats: Formats | None = None
+) -> dict[str, Any]:
+    """Dequantises the weights into the decoder's parameters, which `weights.fill_params` may store in `formats`."""
     from gguf.quants import dequantize
 
     stored = {t.name: t for t in reader.tensors if t.name != "rope_freqs.weight"}
@@ -103,7 +105,8 @@ def read_params(reader: "GGUFReader", config: LlamaConfig, dtype: Any, source: s
         weight = dequantize(stored[gguf].data, stored[gguf].tensor_type)
         return half_split_rows(weight, config.head_dim) if name.rotary else weight
 
-    return fill_params(config, [to_hf.get(g, g) for g in stored], read, dtype=dtype, source=source)
+    tensors = [to_hf.get(g, g) for g in stored]
+    return fill_params(config, tensors, read, dtype=dtype, source=source, formats=formats)
 
 
 def half_split_rows(weight_OxI: np.ndarray, head_dim: int) -> np.ndarray:

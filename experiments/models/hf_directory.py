@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.models.llama import LlamaConfig
 from experiments.models.tokenizer import Tokenizer, special_text
-from experiments.models.weights import fill_params
+from experiments.models.weights import Formats, fill_params
 
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
@@ -70,8 +70,13 @@ def _rope_divisors(rope: dict[str, Any], theta: float, head_dim: int, path: path
     return tuple(divisors)
 
 
-def read_params(directory: pathlib.Path, config: LlamaConfig, dtype: Any) -> dict[str, Any]:
-    """Reads the weights: the shards that model.safetensors.index.json lists, or model.safetensors."""
+def read_params(
+    directory: pathlib.Path, config: LlamaConfig, dtype: Any, formats: Formats | None = None
+) -> dict[str, Any]:
+    """Reads the weights: the shards that model.safetensors.index.json lists, or model.safetensors.
+
+    `formats` are those of `weights.fill_params`.
+    """
     from safetensors import safe_open
 
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
@@ -93,7 +98,7 @@ def read_params(directory: pathlib.Path, config: LlamaConfig, dtype: Any) -> dic
         def read(tensor: str) -> np.ndarray:
             return shards[files[tensor]].get_tensor(tensor)
 
-        return fill_params(config, files, read, dtype=dtype, source=str(directory))
+        return fill_params(config, files, read, dtype=dtype, source=str(directory), formats=formats)
 
 
 def read_tokenizer(directory: pathlib.Path) -> Tokenizer | None:

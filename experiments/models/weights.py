@@ -1,6 +1,8 @@
 """Fills the decoder's parameters, one tensor at a time, from whatever holds the tensors."""
 
-from collections.abc import Callable, Iterable
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -9,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.models.llama import Llama, LlamaConfig
-from experiments.models.names import names_for
+from experiments.models.names import ModuleName, names_for
+from lorax.quant import Format, Quantized, quantize_leaf, stack_nodes
+
+Formats = Mapping[str, Format]
 
 
 def leaf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -21,9 +26,18 @@ def leaf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def fill_params(
-    config: LlamaConfig, tensors: Iterable[str], read: Callable[[str], np.ndarray], *, dtype: Any, source: str
+    config: LlamaConfig,
+    tensors: Iterable[str],
+    read: Callable[[str], np.ndarray],
+    *,
+    dtype: Any,
+    source: str,
+    formats: Formats | None = None,
 ) -> dict[str, Any]:
     """Builds the parameter tree; beside it only one tensor is held in memory at a time.
+
+    A leaf that is to be quantised is so layer by layer, as its tensors are read: what the parameters take in full
+    precision is never held. The nodes are those of `lorax.quantize` on the whole parameters.
 
     Args:
         config: shape of the decoder.
@@ -31,14 +45,18 @@ def fill_params(
         read: returns one of them by name.
         dtype: dtype of the parameters.
         source: what to call the source in errors.
+        formats: patterns of leaf paths, matched as a whole, and the formats to store those leaves in; the first that
+            matches counts.
 
     Returns:
-        Nested dict of arrays, without the outer "params".
+        Nested dict of arrays and quantised nodes, without the outer "params".
 
     Raises:
-        ValueError: if a tensor is missing, left over, or of another shape than the config asks for.
+        ValueError: if a tensor is missing, left over, or of another shape than the config asks for, or a pattern
+            matches no linear layer.
     """
     names, shapes = names_for(config), leaf_shapes(config)
+    stored_as = _resolve(formats or {}, names)
     wanted = {
         path: [f"{name.module.format(layer=i)}.weight" for i in range(config.layers if name.stacked else 1)]
         for path, name in names.items()
@@ -46,16 +64,46 @@ def fill_params(
     _check_complete({t for group in wanted.values() for t in group}, set(tensors), config, source)
     leaves = {}
     for path, name in names.items():
-        shape = shapes[path]
-        leaf = np.empty(shape, dtype)
-        rows = leaf if name.stacked else leaf[None]
-        for row, tensor in zip(rows, wanted[path], strict=True):
+        shape = shapes[path][1:] if name.stacked else shapes[path]
+
+        def layer(tensor: str, path: str = path, name: ModuleName = name, shape: Any = shape) -> np.ndarray:
             try:
-                row[...] = name.to_leaf(read(tensor), row.shape)
+                return name.to_leaf(read(tensor), shape)
             except ValueError as error:
                 raise ValueError(f"{source}: {tensor} does not fill {path}: {error}") from error
-        leaves[path] = jnp.asarray(leaf)
+
+        if path in stored_as:
+            nodes = [_quantize(layer(tensor).astype(dtype), stored_as[path], name, path) for tensor in wanted[path]]
+            leaves[path] = stack_nodes(nodes) if name.stacked else nodes[0]
+        else:
+            leaf = np.empty(shapes[path], dtype)
+            for row, tensor in zip(leaf if name.stacked else leaf[None], wanted[path], strict=True):
+                row[...] = layer(tensor)
+            leaves[path] = jnp.asarray(leaf)
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _quantize(layer: np.ndarray, format: Format, name: ModuleName, path: str) -> Quantized:
+    axes = range(layer.ndim)
+    return quantize_leaf(layer, format, fan_in=axes[: name.fan_in], fan_out=axes[name.fan_in :], path=path)
+
+
+def _resolve(formats: Formats, names: Mapping[str, ModuleName]) -> dict[str, Format]:
+    linear = [path for path, name in names.items() if name.kind == "linear"]
+    chosen: dict[str, Format] = {}
+    for pattern, format in formats.items():
+        matched = [path for path in names if re.fullmatch(pattern, path)]
+        if not matched or set(matched) - set(linear):
+            raise ValueError(_not_linear(pattern, matched, linear))
+        chosen |= {path: format for path in matched if path not in chosen}
+    return chosen
+
+
+def _not_linear(pattern: str, matched: Sequence[str], linear: Sequence[str]) -> str:
+    if others := sorted(set(matched) - set(linear)):
+        return f"pattern {pattern!r} would quantise {', '.join(others)}, which are no linear layers; narrow it"
+    nearest = difflib.get_close_matches(pattern, linear, n=3, cutoff=0)
+    return f"pattern {pattern!r} matches no parameter to quantise; the nearest linear layers are {', '.join(nearest)}"
 
 
 def _check_complete(wanted: set[str], given: set[str], config: LlamaConfig, source: str) -> None:

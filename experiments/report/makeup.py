@@ -15,7 +15,7 @@ def budget(run: RunLogs) -> Markup:
         return Markup()
     b = run.budget
     every = b["trainable_parameters"] + b["frozen_parameters"]
-    moments = 2 * b["frozen_bytes"]  # AdamW holds two numbers a parameter
+    moments = 8 * b["frozen_parameters"]  # AdamW holds two numbers a parameter, in float32
     cards = [_share("Trained", text.count(b["trainable_parameters"]), b["trainable_parameters"] / every,
                     f"of {text.count(every)} parameters")]  # fmt: skip
     if "adapter_file_bytes" in b:
@@ -27,9 +27,11 @@ def budget(run: RunLogs) -> Markup:
     rows: list[list[Any]] = [
         ["Trainable", f"{b['trainable_parameters']:,}", b["trainable_bytes"]],
         ["Frozen", f"{b['frozen_parameters']:,}", b["frozen_bytes"]],
+        ["Fixed arrays of the adapter: scales, projections", "", b.get("fixed_bytes")],
         ["Optimiser state", "", b["optimiser_bytes"]],
         ["Training checkpoint: factors, optimiser state, position", "", b.get("checkpoint_file_bytes")],
         ["Adapter directory", "", b.get("adapter_file_bytes")],
+        ["Temporary arrays of an update, compiled", "", b.get("step_temporary_bytes")],
         ["Peak resident memory of the process", "", run.result.get("peak_memory_bytes")],
     ]
     known = [[name, parameters, text.size(size)] for name, parameters, size in rows if size is not None]
@@ -93,7 +95,10 @@ def sites(run: RunLogs) -> Markup:
 def reproduce(run: RunLogs) -> Markup:
     """Return the command, what the run counted and checked, the versions and the settings."""
     facts = list(run.result.get("data", {}).items())
-    if check := run.result.get("merge_check"):
+    check = run.result.get("merge_check", {})
+    if reason := check.get("skipped"):
+        facts.append(("Evaluated", f"adapted at each use, not merged: {reason}"))
+    elif check:
         facts.append((
             "Merged against adapted",
             f"logits differ by at most {text.number(check['largest_difference'], 2)} (the largest is "

@@ -7,13 +7,37 @@ from experiments.report.logs import RunLogs
 from experiments.report.markup import Markup, element, join, section
 
 _STATUS = {"finished": "finished", "running": "not finished"}
+_FACTORS = {  # methods whose rank is `config.lora.rank`
+    "lora": "LoRA",
+    "rslora": "rank-stabilised LoRA",
+    "lora_plus": "LoRA+",
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "loftq": "LoftQ",
+    "dora": "DoRA",
+    "adalora": "AdaLoRA",
+    "lorafa": "LoRA-FA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+}
+_OTHERS = {
+    "vera": "VeRA",
+    "ia3": "(IA)³",
+    "bitfit": "BitFit",
+    "norm": "norm tuning",
+    "full": "full fine-tuning",
+    "bottleneck": "bottleneck adapters",
+    "bottleneck_pfeiffer": "bottleneck adapters in Pfeiffer’s places",
+    "prompt": "prompt tuning",
+    "prefix": "prefix tuning",
+}
 
 
 def header(run: RunLogs) -> Markup:
     """Return the title, what was done in a few sentences, and how the run stands."""
     status = run.result.get("status", "running")
     model = run.environment.get("model", run.config["model"]["source"])
-    said = [f"{model} fine-tuned with LoRA of rank {run.config['lora']['rank']}."]
+    said = [f"{model} fine-tuned with {_method(run.config)}."]
     if run.budget:
         trained = run.budget["trainable_parameters"]
         every = trained + run.budget["frozen_parameters"]
@@ -31,6 +55,12 @@ def header(run: RunLogs) -> Markup:
         element("h1", run.config["name"]),
         element("p", " ".join(said)),
     )
+
+
+def _method(config: dict[str, Any]) -> str:
+    name, stored = config.get("method", "lora"), config["model"].get("quantize", "none")
+    shown = f"{_FACTORS[name]} of rank {config['lora']['rank']}" if name in _FACTORS else _OTHERS.get(name, name)
+    return shown if stored == "none" else f"{shown} over a base in {stored.upper()}"
 
 
 def headline(run: RunLogs) -> Markup:

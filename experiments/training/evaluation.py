@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments import data
 from experiments.models import Model
-from experiments.training import intervals, task
+from experiments.training import intervals, subject, task
 from experiments.training.step import LossFn, loss_inputs
 
 MEASURES = (
@@ -31,7 +31,9 @@ class Answer:
 
 
 class Evaluator:
-    """Evaluates parameters of one model on one list of samples; programs are compiled once and used again.
+    """Evaluates subjects of one model on one list of samples; programs are compiled once and used again.
+
+    A subject is what `subject.of` returns: plain parameters, or a pair of base and adapter.
 
     Args:
         model: for its tokenizer and functions; the parameters to evaluate are given with each call.
@@ -40,6 +42,8 @@ class Evaluator:
         layout: of the batches that the loss is taken over.
         max_new_tokens: the longest answer.
         batch_size: samples answered together.
+        is_merged: whether the subjects are plain parameters.
+        placeholders: tokens in front of every sample, for methods that learn its first positions.
 
     Attributes:
         encoded: the samples that fit the layout; the others have no part in the loss.
@@ -54,15 +58,22 @@ class Evaluator:
         *,
         max_new_tokens: int,
         batch_size: int,
+        is_merged: bool = True,
+        placeholders: Sequence[int] = (),
     ):
         """Encode the samples."""
-        self._model, self._loss, self._samples = model, jax.jit(loss), list(samples)
-        self._generation = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        self._model, self._samples = model, list(samples)
+        self._loss = jax.jit(loss if is_merged else subject.adapted(loss))
+        self._generation = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "placeholders": placeholders}
+        if not is_merged:
+            self._generation |= {"transform": subject.adapted, "after": subject.adapted_later}
         self._layout = layout
         tokenizer = model.tokenizer
         assert tokenizer is not None
         self._tokenizer = tokenizer
-        encodings = data.encode_samples(self._samples, tokenizer, max_positions=layout.max_positions)
+        encodings = data.encode_samples(
+            self._samples, tokenizer, max_positions=layout.max_positions, placeholders=placeholders
+        )
         self.encoded, self._overlong = encodings
         self._prompts = [data.encode_prompt(sample.prompt, tokenizer) for sample in self._samples]
         self._identifiers = task.identifiers(self._samples)
@@ -72,10 +83,10 @@ class Evaluator:
         """How many samples there are."""
         return len(self._samples)
 
-    def answers(self, params: Any, count: int) -> list[Answer]:
+    def answers(self, evaluated: Any, count: int) -> list[Answer]:
         """Return the greedy answers to the first `count` samples."""
         generated = self._model.generate(
-            params, self._prompts[:count], stop_ids=[self._tokenizer.eos_id], **self._generation
+            evaluated, self._prompts[:count], stop_ids=[self._tokenizer.eos_id], **self._generation
         )
         rows = zip(self._identifiers, self._samples, generated, strict=False)
         return [self._answer(identifier, sample, ids) for identifier, sample, ids in rows]
@@ -92,7 +103,7 @@ class Evaluator:
             correct=score.correct,
         )
 
-    def loss(self, params: Any, count: int) -> dict[str, float]:
+    def loss(self, evaluated: Any, count: int) -> dict[str, float]:
         """Return the mean loss of the first `count` samples' answers.
 
         Returns:
@@ -105,7 +116,7 @@ class Evaluator:
         batches = data.Batches(encoded, self._layout, pad_id=self._tokenizer.pad_id, shuffle=False)
         summed, tokens = 0.0, 0.0
         for batch in batches.one_epoch():
-            summed += float(self._loss(params, loss_inputs(batch)))
+            summed += float(self._loss(evaluated, loss_inputs(batch)))
             tokens += float(np.sum(batch["loss_weights"]))
         return {
             "loss": summed / tokens,

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import config_dict
 from tqdm import tqdm
 
 import lorax
 from experiments.data import Batches
-from experiments.training import optimiser, step
+from experiments.training import optimiser, recipes, step
 from experiments.training.metrics import MetricsLog
 from experiments.training.run_directory import RunDirectory
 from experiments.training.stopping import StopSignals
@@ -41,10 +40,15 @@ class NonFiniteLossError(Exception):
 
 
 class Trained(NamedTuple):
-    """The adapter after the last step, bytes of its optimiser state, and the last line of the log."""
+    """The adapter after the last step, what an update takes, and the last line of the log.
+
+    Bytes: of the optimiser's state; and at most of an update's temporary arrays, as its programs say (None when this
+    process made no update).
+    """
 
     adapter: lorax.Adapter
     opt_state_bytes: int
+    temporary_bytes: int | None
     last: dict[str, Any]
 
 
@@ -92,7 +96,8 @@ def train(
     try:
         with stop.deferred():
             run.to_the_end(stop)
-        return Trained(run.state.adapter, _bytes(run.state.opt_state), run.metrics.last)
+        temporary = max((_temporary_bytes(program) for program in run.programs.values()), default=None)
+        return Trained(run.state.adapter, _bytes(run.state.opt_state), temporary, run.metrics.last)
     finally:
         run.close()
 
@@ -113,8 +118,11 @@ class _Run:
         self.config, self.params, self.batches, self.watch = config, params, batches, watch
         # as a table, because what is computed on the device during an update waits for it
         self.learning_rates = np.asarray(optimiser.schedule(config.train)(jnp.arange(config.train.steps)))
-        transformation = optimiser.optimiser(config.train)
-        self.update = step.train_step(loss, transformation)
+        recipe = recipes.find(config)
+        transformation = recipe.optimiser(config, adapter)
+        self.update = step.train_step(loss, transformation, offload=config.train.offload, terms=recipe.terms)
+        if config.train.offload:
+            transformation = lorax.optim.offload(transformation)
         self.rng = jax.random.key(config.seed)
         self.checkpoints = TrainCheckpoints(directory.path / "checkpoints", keep=config.checkpoint.keep)
         opt_state = transformation.init(adapter.params)
@@ -130,7 +138,7 @@ class _Run:
         self.metrics = MetricsLog(directory.path, resumed_step=self.step)
         self.elapsed = self.metrics.last.get("elapsed_s", 0.0)
         self.tokens = self.metrics.last.get("tokens", 0)
-        self.shapes: set[tuple[int, ...]] = set()
+        self.programs: dict[Any, Any] = {}  # the compiled update, by the shapes of a batch
         self.clock = time.perf_counter()
 
     def to_the_end(self, stop: StopSignals) -> None:
@@ -162,10 +170,12 @@ class _Run:
         batch = next(self.batches)
         rng = jax.random.fold_in(self.rng, self.step) if self.config.lora.dropout else None
         parts = step.split_batch(batch, self.config.train.accumulate)
-        self.state, output = self.update(self.params, self.state, parts, rng)
+        shapes = tuple(array.shape for array in parts.values())
+        is_compiling = shapes not in self.programs
+        if is_compiling:
+            self.programs[shapes] = self.update.lower(self.params, self.state, parts, rng).compile()
+        self.state, output = self.programs[shapes](self.params, self.state, parts, rng)
         self.step += 1
-        is_compiling = parts["tokens"].shape not in self.shapes
-        self.shapes.add(parts["tokens"].shape)
         return _Update(self.step, output, int((batch["segment_ids"] > 0).sum()), before, is_compiling)
 
     def _log(self, update: _Update, progress: tqdm) -> None:
@@ -181,6 +191,7 @@ class _Run:
             "loss": loss,
             "learning_rate": float(self.learning_rates[update.step - 1]),
             "gradient_norm": norm,
+            **{name: float(value) for name, value in update.output.terms.items()},
             "tokens": self.tokens,
             "elapsed_s": round(self.elapsed, 3),
         }
@@ -228,7 +239,12 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _check_nothing_frozen(adapter: lorax.Adapter, opt_state: optax.OptState) -> None:
-    """A moment of a frozen leaf would cost what LoRA is there to save."""
+def _temporary_bytes(program: Any) -> int:
+    analysis = program.memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes
+
+
+def _check_nothing_frozen(adapter: lorax.Adapter, opt_state: Any) -> None:
+    """A moment of a frozen leaf would cost what an adapter is there to save."""
     trained = {leaf.shape for leaf in jax.tree.leaves(adapter.params)}
     assert all(leaf.shape in trained or leaf.ndim == 0 for leaf in jax.tree.leaves(opt_state))

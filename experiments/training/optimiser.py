@@ -1,7 +1,13 @@
-"""AdamW with a warm-up, a cosine and clipping, from the settings of a run."""
+"""AdamW with a warm-up, a cosine and clipping, from the settings of a run, and what some methods need instead."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import config_dict
+
+import lorax
 
 
 def schedule(train: config_dict.ConfigDict) -> optax.Schedule:
@@ -15,13 +21,50 @@ def schedule(train: config_dict.ConfigDict) -> optax.Schedule:
     )
 
 
-def optimiser(train: config_dict.ConfigDict) -> optax.GradientTransformation:
+def adamw(train: config_dict.ConfigDict) -> optax.GradientTransformation:
     """Return the optimiser of the trainable parameters.
 
     The gradient's global norm is clipped to `clip_norm` first. Decay acts on the factors: on the adapter's
     weights, not on the base.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(train.clip_norm),
-        optax.adamw(schedule(train), b1=train.beta1, b2=train.beta2, weight_decay=train.weight_decay),
+    return optax.chain(optax.clip_by_global_norm(train.clip_norm), optax.adamw(schedule(train), **_settings(train)))
+
+
+def lora_plus(config: config_dict.ConfigDict, adapter: lorax.Adapter) -> optax.GradientTransformation:
+    """Return the same with `lora_plus.ratio` times the learning rate for every `B`."""
+    train = config.train
+    rates = lorax.optim.lora_plus(adapter, schedule(train), ratio=config.lora_plus.ratio, **_settings(train))
+    return optax.chain(optax.clip_by_global_norm(train.clip_norm), rates)
+
+
+def adalora(config: config_dict.ConfigDict, adapter: lorax.Adapter) -> optax.GradientTransformation:
+    """Return `adamw` with AdaLoRA's regulariser, which is clipped too, and budget."""
+    settings, steps = config.adalora, config.train.steps
+    return lorax.optim.adalora(
+        adamw(config.train),
+        adapter,
+        total_steps=steps,
+        warmup_steps=steps // 10 if settings.warmup_steps < 0 else settings.warmup_steps,
+        final_steps=steps // 4 if settings.final_steps < 0 else settings.final_steps,
+        interval=settings.interval,
+        orthogonal_weight=settings.orthogonal_weight,
     )
+
+
+def _settings(train: config_dict.ConfigDict) -> dict[str, Any]:
+    return {"b1": train.beta1, "b2": train.beta2, "weight_decay": train.weight_decay}
+
+
+def held(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Return `inner` with an argument `halted` of its update: where that is true, the state stays as it is.
+
+    The updates are `inner`'s in any case. The choice is made here, so that `lorax.optim.offload` around it moves the
+    state that was chosen.
+    """
+    optimiser = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, *, halted: jax.Array, **extra: Any) -> tuple[Any, Any]:
+        updates, new = optimiser.update(updates, state, params, **extra)
+        return updates, jax.tree.map(lambda x, old: jnp.where(halted, old, x), new, state)
+
+    return optax.GradientTransformationExtraArgs(optimiser.init, update)

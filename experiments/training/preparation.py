@@ -8,19 +8,21 @@ from ml_collections import config_dict
 
 import lorax
 from experiments import data, models
-from experiments.training import step
+from experiments.training import recipes, step
 
 MODEL_NAMES = {"smollm2": "SmolLM2-135M-Instruct"}
 
 
-def load_model(settings: config_dict.ConfigDict) -> models.Model:
-    """Load the model of `config.model`.
+def load_model(config: config_dict.ConfigDict) -> models.Model:
+    """Load the model of `config.model`, quantised on the way unless the method does that itself.
 
     Raises:
         ValueError: if it is not there, of another architecture, or has no tokenizer.
     """
+    settings = config.model
     remat = None if settings.remat == "none" else settings.remat
-    model = models.load(settings.source, dtype=jnp.dtype(settings.dtype), remat=remat)
+    formats = {} if recipes.find(config).is_quantising else recipes.formats(config)
+    model = models.load(settings.source, dtype=jnp.dtype(settings.dtype), remat=remat, formats=formats)
     if model.tokenizer is None:
         raise ValueError(
             f"config.model.source = {settings.source!r}: the model has no tokenizer, so it cannot read text; "
@@ -43,23 +45,33 @@ def batch_layout(config: config_dict.ConfigDict) -> data.Packed | data.Bucketed:
     return data.Bucketed(lengths=lengths, batch_tokens=rows * length)
 
 
-def make_adapter(config: config_dict.ConfigDict, loss: step.LossFn, params: Any, batch: data.Batch) -> lorax.Adapter:
-    """Trace the loss and return a fresh LoRA adapter of the leaves that `lora.targets` match.
+def adapt(
+    config: config_dict.ConfigDict, loss: step.LossFn, params: Any, batch: data.Batch
+) -> tuple[Any, lorax.Adapter]:
+    """Trace the loss and return the base and a fresh adapter of it.
+
+    Args:
+        config: the settings.
+        loss: of `step.summed_loss`.
+        params: as `load_model` returned them.
+        batch: of the training data; with placeholders, each row begins with them.
+
+    Returns:
+        `params`, quantised if the method does that itself, and the adapter.
 
     Raises:
         ValueError: if a pattern matches nothing that can be adapted.
     """
-    method = lorax.LoRA(
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
-        rank_stabilized=config.lora.rank_stabilized,
-        dropout=config.lora.dropout,
-        dtype=config.lora.dtype,
-    )
-    spec = lorax.Spec({pattern: method for pattern in config.lora.targets})
-    sites = lorax.trace(loss, params, step.loss_inputs(batch))
+    spec, inputs = recipes.spec(config), step.loss_inputs(batch)
+    sites = lorax.trace(loss, params, inputs)
     make = jax.jit(lambda key, params: lorax.init(key, spec, sites, params))  # one program, not one an array
-    return make(jax.random.key(config.seed), params)
+    adapter = make(jax.random.key(config.seed), params)
+    if recipes.find(config).is_quantising:
+        params, adapter = lorax.loftq(params, adapter, recipes.formats(config), sites=sites)
+    if any(isinstance(method, lorax.Prefix) for method in adapter.methods.values()):
+        first_row = {name: array[:1] for name, array in inputs.items()}
+        adapter = jax.jit(lambda params, adapter: lorax.prefix_from(loss, params, adapter, first_row))(params, adapter)
+    return params, adapter
 
 
 def describe_sites(loss: step.LossFn, params: Any, adapter: lorax.Adapter, batch: data.Batch) -> list[dict[str, Any]]:

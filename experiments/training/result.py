@@ -8,12 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import config_dict
 
 import lorax
 from experiments import data
 from experiments.models import Model
 from experiments.training import step
+from experiments.training.loop import Trained
 from experiments.training.run_directory import bytes_on_disk
+
+HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def save_adapter(path: pathlib.Path, adapter: lorax.Adapter, params: Any, metadata: dict[str, Any]) -> lorax.Adapter:
@@ -31,6 +35,13 @@ def save_adapter(path: pathlib.Path, adapter: lorax.Adapter, params: Any, metada
     if not all(jax.tree.leaves(same)):
         raise ValueError(f"{path}: holds another adapter than this run's; move it away and start the run again")
     return restored
+
+
+def save_peft(
+    path: pathlib.Path, adapter: lorax.Adapter, params: Any, model: Model, settings: config_dict.ConfigDict
+) -> None:
+    """Write the adapter as a directory of Hugging Face's PEFT, for the same base there."""
+    lorax.peft.save(path, adapter, params, names=model.peft_names, base_model=HUB_NAMES.get(settings.source))
 
 
 def compare_merged(model: Model, params: Any, adapter: lorax.Adapter, merged: Any, batch: data.Batch) -> dict[str, Any]:
@@ -78,20 +89,27 @@ def compare_merged(model: Model, params: Any, adapter: lorax.Adapter, merged: An
     }
 
 
-def budget(params: Any, adapter: lorax.Adapter, opt_state_bytes: int, directory: pathlib.Path) -> dict[str, int]:
-    """Return parameters and bytes: trained, frozen, of the optimiser, and of what is on the disk."""
-    trained, frozen = jax.tree.leaves(adapter.params), jax.tree.leaves(params)
+def budget(params: Any, adapter: lorax.Adapter, outcome: Trained, directory: pathlib.Path) -> dict[str, int]:
+    """Return parameters and bytes: trained, frozen, of the optimiser and an update, and of what is on the disk.
+
+    A quantised leaf counts with the weights that it stands for and the bytes that it takes.
+    """
+    trained, fixed = jax.tree.leaves(adapter.params), jax.tree.leaves(adapter.state)
+    frozen = jax.tree.leaves(params, is_leaf=lorax.quant.is_quantized)
     newest = max((int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit()), default=None)
-    on_disk = {"adapter_file_bytes": bytes_on_disk(directory / "adapter")}
+    more = {"adapter_file_bytes": bytes_on_disk(directory / "adapter")}
     if newest is not None:
-        on_disk["checkpoint_file_bytes"] = bytes_on_disk(directory / "checkpoints" / str(newest))
+        more["checkpoint_file_bytes"] = bytes_on_disk(directory / "checkpoints" / str(newest))
+    if outcome.temporary_bytes is not None:
+        more["step_temporary_bytes"] = outcome.temporary_bytes
     return {
         "trainable_parameters": sum(leaf.size for leaf in trained),
         "trainable_bytes": sum(leaf.nbytes for leaf in trained),
         "frozen_parameters": sum(leaf.size for leaf in frozen),
         "frozen_bytes": sum(leaf.nbytes for leaf in frozen),
-        "optimiser_bytes": opt_state_bytes,
-        **on_disk,
+        "fixed_bytes": sum(leaf.nbytes for leaf in fixed),
+        "optimiser_bytes": outcome.opt_state_bytes,
+        **more,
     }
 
 

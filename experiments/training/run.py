@@ -1,4 +1,4 @@
-"""A whole run: evaluate, train, evaluate again, save, merge and report.
+"""A whole run: evaluate, train, evaluate again, save, check and report.
 
 Each part is done once, however often the run is killed and started again.
 """
@@ -14,14 +14,12 @@ from tqdm import tqdm
 import lorax
 from experiments import data
 from experiments.report import page
-from experiments.training import evaluation, loop, preparation, result, settings, step, task
+from experiments.training import evaluation, loop, preparation, recipes, result, settings, step, subject, task
 from experiments.training.evaluation import Evaluator
 from experiments.training.run_directory import RunDirectory, environment
 from experiments.training.stopping import StopSignals
 
 MERGE_CHECK_EXAMPLES = 4
-
-_merge = jax.jit(lorax.merge)
 
 
 def finetune(config: config_dict.ConfigDict, *, command: str, stop: StopSignals) -> dict[str, Any]:
@@ -41,6 +39,7 @@ def finetune(config: config_dict.ConfigDict, *, command: str, stop: StopSignals)
         Stopped: by a signal; the state is saved.
     """
     settings.check(config)
+    recipes.check(config)
     directory = RunDirectory(config)
     with directory.locked():
         found = directory.read("result.json")
@@ -64,41 +63,53 @@ def finetune(config: config_dict.ConfigDict, *, command: str, stop: StopSignals)
 def _run(config: config_dict.ConfigDict, directory: RunDirectory, stop: StopSignals) -> dict[str, Any]:
     started = time.perf_counter()
     samples = task.load(config)
-    model = preparation.load_model(config.model)
+    model = preparation.load_model(config)
     tokenizer = model.tokenizer
     assert tokenizer is not None  # load_model
-    params = jax.device_put(model.params)
+    # the model keeps none, since a method may quantise them
+    params, model = jax.device_put(model.params), dataclasses.replace(model, params={})
     layout = preparation.batch_layout(config)
-    encoded = data.encode_samples(samples.train, tokenizer, max_positions=layout.max_positions)
+    placeholders = recipes.placeholders(config, model.config.vocab_size)
+    encoded = data.encode_samples(
+        samples.train, tokenizer, max_positions=layout.max_positions, placeholders=placeholders
+    )
     batches = data.Batches(encoded.examples, layout, seed=config.seed, pad_id=tokenizer.pad_id)
     facts = samples.facts | _describe_training_data(encoded, layout)
 
     loss = step.summed_loss(model)
     example = next(batches.one_epoch())
-    adapter = preparation.make_adapter(config, loss, params, example)
+    params, adapter = preparation.adapt(config, loss, params, example)
     directory.write("sites.json", {"sites": preparation.describe_sites(loss, params, adapter, example)})
     loaded = time.perf_counter() - started
 
-    generation = {name: config.evaluation[name] for name in ("max_new_tokens", "batch_size")}
-    test = Evaluator(model, loss, samples.test, layout, **generation)
-    validation = Evaluator(model, loss, samples.validation, layout, **generation)
+    unmerged = subject.why_not_merged(params, adapter)
+    how = {name: config.evaluation[name] for name in ("max_new_tokens", "batch_size")}
+    how |= {"is_merged": unmerged is None, "placeholders": placeholders}
+    test = Evaluator(model, loss, samples.test, layout, **how)
+    validation = Evaluator(model, loss, samples.validation, layout, **how)
 
     def watch(at_step: int, current: lorax.Adapter) -> dict[str, Any]:
-        count = config.evaluation.progress_examples
-        answers = validation.answers(_merge(params, current), count)
-        return _watched(directory, at_step, answers, validation.loss(_merge(params, current), count))
+        count, evaluated = config.evaluation.progress_examples, subject.of(params, current)
+        return _watched(directory, at_step, validation.answers(evaluated, count), validation.loss(evaluated, count))
 
-    before = _evaluate_once(directory, "before", test, params, config)
+    # a prompt or prefix, and LoftQ's factors, are there before training; what is merged starts as no change
+    untrained = (params, adapter) if unmerged else params
+    before = _evaluate_once(directory, "before", test, untrained, config)
     trained = loop.train(config, directory, params, adapter, loss, batches, watch=watch, stop=stop)
-    merged = _merge(params, trained.adapter)
-    after = _evaluate_once(directory, "after", test, merged, config)
+    evaluated = subject.of(params, trained.adapter)
+    after = _evaluate_once(directory, "after", test, evaluated, config)
 
-    print("saving the adapter, and comparing it merged and not")
+    print(f"saving the adapter{'' if unmerged else ', and comparing it merged and not'}")
     path = directory.path / "adapter"
     adapter = result.save_adapter(path, trained.adapter, params, {"name": config.name, "steps": config.train.steps})
-    held_out = data.Batches(test.encoded[:MERGE_CHECK_EXAMPLES], layout, pad_id=tokenizer.pad_id, shuffle=False)
-    merge_check = result.compare_merged(model, params, adapter, merged, next(held_out))
-    directory.write("budget.json", result.budget(params, adapter, trained.opt_state_bytes, directory.path))
+    if recipes.find(config).has_peft_form:
+        result.save_peft(directory.path / "adapter_peft", adapter, params, model, config.model)
+    if unmerged:
+        merge_check = {"skipped": unmerged}
+    else:
+        held_out = data.Batches(test.encoded[:MERGE_CHECK_EXAMPLES], layout, pad_id=tokenizer.pad_id, shuffle=False)
+        merge_check = result.compare_merged(model, params, adapter, evaluated, next(held_out))
+    directory.write("budget.json", result.budget(params, adapter, trained, directory.path))
     answered = before["answers"], after["answers"]
     loss_before, loss_after = before["loss"], after["loss"]
     return {
@@ -141,7 +152,7 @@ def _describe_training_data(encoded: data.Encodings, layout: data.Packed | data.
 
 
 def _evaluate_once(
-    directory: RunDirectory, when: str, evaluator: Evaluator, params: Any, config: config_dict.ConfigDict
+    directory: RunDirectory, when: str, evaluator: Evaluator, evaluated: Any, config: config_dict.ConfigDict
 ) -> dict[str, Any]:
     """Evaluate, or return what an earlier process of this run found."""
     name = f"evaluation/{when}.json"
@@ -150,9 +161,9 @@ def _evaluate_once(
         return found
     started = time.perf_counter()
     print(f"evaluating {when} training: {min(config.evaluation.examples, evaluator.count)} held-out answers")
-    answers = evaluator.answers(params, config.evaluation.examples)
+    answers = evaluator.answers(evaluated, config.evaluation.examples)
     found = {
-        "loss": evaluator.loss(params, config.evaluation.loss_examples),
+        "loss": evaluator.loss(evaluated, config.evaluation.loss_examples),
         "answers": [dataclasses.asdict(answer) for answer in answers],
         "seconds": round(time.perf_counter() - started, 3),
     }

@@ -8,6 +8,7 @@ metrics.jsonl       one line a step; `tensorboard/` has the same numbers
 evaluation/         before.json and after.json: every held-out answer; step_*.json: those given while training
 checkpoints/        what a killed run goes on from
 adapter/            the result, for `lorax.restore`
+adapter_peft/       the same for PEFT and servers that read its directories, where the method has a form there
 result.json         the outcome, once there is one
 report.html         made from the files above
 """

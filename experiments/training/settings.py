@@ -16,6 +16,7 @@ from ml_collections import config_dict
 
 EVERY_LINEAR = (r"layers/attn/(query|key|value|out)/kernel", r"layers/mlp/(gate|up|down)/kernel")
 REMAT = ("none", "full", "dots", "dots_no_batch")
+QUANTIZE = ("none", "nf4", "fp4", "int8", "int4")
 QUERY_VALUE = (r"layers/attn/(query|value)/kernel",)
 
 
@@ -26,10 +27,13 @@ def defaults() -> config_dict.ConfigDict:
             "name": "finetune",
             "run_dir": "runs/finetune",  # one directory a run; started again, the run goes on from there
             "seed": 0,  # of the adapter's start, the dropout, the order of the data and the bootstrap
+            "method": "lora",  # how the model is adapted: a name of experiments/training/recipes.py
             "model": {
                 "source": "smollm2",  # "smollm2", a .gguf file, or a Hugging Face directory
                 "dtype": "float32",  # of the frozen parameters and the activations: float32 or bfloat16
                 "remat": "none",  # what the backward pass recomputes: none, full, dots or dots_no_batch
+                "quantize": "none",  # the frozen linear layers, while loading: none, nf4, fp4, int8 or int4
+                "double_quantization": True,  # nf4 and fp4: their scales in eight bits too
             },
             "data": {
                 "path": "",  # your own JSONL; empty: the sentiment sentences below
@@ -41,14 +45,28 @@ def defaults() -> config_dict.ConfigDict:
                 "row_tokens": 256,  # packed: tokens in a row; bucketed: the longest example
                 "buckets": (64, 128, 256),  # bucketed: the row lengths
             },
-            "lora": {
-                "rank": 8,
+            "lora": {  # of all methods with factors; dtype and targets of the others, too
+                "rank": 8,  # adalora: at the start
                 "alpha": 16.0,
                 "rank_stabilized": False,  # scale by alpha / sqrt(rank) instead of alpha / rank
                 "dropout": 0.0,
                 "dtype": "float32",  # of the factors
-                "targets": EVERY_LINEAR,  # regular expressions over leaf paths; the whole path has to match
+                "initializer": "uniform",  # uniform, normal, orthogonal, pissa, pissa_fast or olora
+                "targets": (),  # regular expressions that match whole leaf paths; empty: what suits the method
             },
+            "adalora": {
+                "target_rank": 0,  # triplets a weight at the end, on average; 0: two thirds of lora.rank
+                "warmup_steps": -1,  # before the budget falls; -1: a tenth of train.steps
+                "final_steps": -1,  # after the last pruning; -1: a quarter of train.steps
+                "interval": 1,  # steps from one pruning to the next
+                "orthogonal_weight": 0.5,  # of the regulariser
+            },
+            "lora_plus": {"ratio": 16.0},  # the learning rate of B over that of A, which is train.learning_rate
+            "vera": {"rank": 256, "initial": 0.1},  # of the shared projections; what the vector between them starts at
+            "lokr": {"factor": -1},  # the largest side of the small matrix; -1: as near to the other's as it goes
+            "bottleneck": {"rank": 64, "activation": "gelu"},
+            "ia3": {"feedforward": (r"layers/mlp/down/kernel",)},  # gains on inputs here, on outputs of the targets
+            "tuning": {"length": 8},  # prompt and prefix: learned positions in front of every example
             "train": {
                 "steps": 100,  # optimiser updates
                 "rows": 8,  # rows in one update
@@ -60,6 +78,7 @@ def defaults() -> config_dict.ConfigDict:
                 "beta1": 0.9,
                 "beta2": 0.999,
                 "clip_norm": 1.0,  # of the whole gradient
+                "offload": False,  # keep the optimiser's state in host memory between updates
             },
             "evaluation": {
                 "examples": 200,  # held-out examples answered before and after training; 0: none
@@ -138,18 +157,21 @@ def check(config: config_dict.ConfigDict) -> None:
     for name in ("model.dtype", "lora.dtype"):
         want(name, given[name] in ("float32", "bfloat16"), "float32 or bfloat16")
     want("model.remat", given["model.remat"] in REMAT, " or ".join(REMAT))
+    want("model.quantize", given["model.quantize"] in QUANTIZE, " or ".join(QUANTIZE))
     want("data.batching", given["data.batching"] in ("packed", "bucketed"), "packed or bucketed")
     want("data.held_out_fraction", 0 < given["data.held_out_fraction"] < 1, "a fraction between 0 and 1")
     want("data.domains", bool(given["data.domains"]), "at least one domain")
-    want("lora.targets", bool(given["lora.targets"]), "at least one pattern")
     want("lora.dropout", 0 <= given["lora.dropout"] < 1, "a probability below 1")
     at_least_one = (
-        "data.row_tokens lora.rank train.steps train.rows train.accumulate evaluation.max_new_tokens "
+        "data.row_tokens lora.rank tuning.length train.steps train.rows train.accumulate evaluation.max_new_tokens "
         "evaluation.batch_size evaluation.loss_examples checkpoint.every checkpoint.keep"
     )
     for name in at_least_one.split():
         want(name, given[name] >= 1, "at least 1")
-    for name in ("train.warmup_steps", "evaluation.examples", "evaluation.every", "evaluation.samples"):
+    for name in ("adalora.warmup_steps", "adalora.final_steps"):
+        want(name, given[name] >= -1, "0 or more, or -1 for a part of train.steps")
+    not_negative = "train.warmup_steps adalora.target_rank evaluation.examples evaluation.every evaluation.samples"
+    for name in not_negative.split():
         want(name, given[name] >= 0, "0 or more")
     for name in ("train.learning_rate", "train.clip_norm"):
         want(name, given[name] > 0 and math.isfinite(given[name]), "a positive number")

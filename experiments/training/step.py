@@ -15,6 +15,7 @@ import optax
 import lorax
 from experiments.data import Batch, gather_loss_positions
 from experiments.models import Model
+from experiments.training.optimiser import held
 
 LossFn = Callable[[Any, dict[str, Any]], jax.Array]
 MODEL_INPUTS = ("tokens", "positions", "segment_ids", "loss_positions", "loss_targets", "loss_weights")
@@ -56,24 +57,40 @@ class TrainState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """Numbers of an update: mean loss in nats an answer token, norm of its gradient before clipping."""
+    """Numbers of an update: mean loss in nats an answer token, norm of its gradient before clipping.
+
+    `terms` are what else is told of the adapter before the update; the loss has no part of them.
+    """
 
     loss: jax.Array
     gradient_norm: jax.Array
+    terms: dict[str, jax.Array]
 
 
-TrainStep = Callable[[Any, TrainState, dict[str, Any], jax.Array | None], tuple[TrainState, StepOutput]]
-
-
-def train_step(loss: LossFn, optimiser: optax.GradientTransformation) -> TrainStep:
+def train_step(
+    loss: LossFn,
+    optimiser: optax.GradientTransformation,
+    *,
+    offload: bool = False,
+    terms: Callable[[lorax.Adapter], dict[str, jax.Array]] = lambda adapter: {},
+) -> Any:
     """Return the jitted update `(params, state, parts, rng) -> (state, output)`.
 
     `params` is an argument, so frozen weights are no constants of the program, and it is not differentiated;
     `state` is donated. `parts` is a batch with a leading axis A (`split_batch`): the gradients of the parts
     are added up one after the other before the one update, so the result is that of the whole batch at the
     memory of a part. `rng` draws the dropout; None turns it off.
+
+    Args:
+        loss: of `summed_loss`.
+        optimiser: of the adapter's parameters.
+        offload: whether the state is that of `lorax.optim.offload(optimiser)`, in host memory.
+        terms: further numbers of the adapter for the output.
     """
     adapted = lorax.adapt(loss)
+    transformation = held(optimiser)
+    if offload:
+        transformation = lorax.optim.offload(transformation)
 
     @functools.partial(jax.jit, donate_argnames="state")
     def step(
@@ -98,15 +115,14 @@ def train_step(loss: LossFn, optimiser: optax.GradientTransformation) -> TrainSt
             (summed, gradient), _ = jax.lax.scan(add_part, (jnp.float32(0), nothing), (parts, rngs))
         answer_tokens = jnp.sum(parts["loss_weights"])
         gradient = jax.tree.map(lambda g: g / answer_tokens.astype(g.dtype), gradient)
-        output = StepOutput(summed / answer_tokens, optax.tree.norm(gradient))
-        updates, opt_state = optimiser.update(gradient, state.opt_state, adapter.params)
+        output = StepOutput(summed / answer_tokens, optax.tree.norm(gradient), terms(adapter))
         halted = state.halted | ~(jnp.isfinite(output.loss) & jnp.isfinite(output.gradient_norm))
+        updates, opt_state = transformation.update(gradient, state.opt_state, adapter.params, halted=halted)
 
         def unless_halted(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(halted, old, new)
 
         trained = jax.tree.map(unless_halted, optax.apply_updates(adapter.params, updates), adapter.params)
-        opt_state = jax.tree.map(unless_halted, opt_state, state.opt_state)
         return TrainState(adapter.replace(params=trained), opt_state, halted), output
 
     return step

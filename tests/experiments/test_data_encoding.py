@@ -122,3 +122,14 @@ def test_marks_for_any_conversation(pairs, loss_on):
     assert answer_text(example) == "".join(f"{answer}<|im_end|>" for answer in answers)
     prompt = encode_prompt(sample.prompt, tokenizer)
     assert example.tokens[: len(prompt)].tolist() == prompt
+
+
+def test_placeholders_stand_in_front_carry_no_loss_and_count_as_positions():
+    sample = conversation("What is it?", "A cat.")
+    plain, led = encode(sample), encode(sample, placeholders=[4, 5])
+    assert led.tokens.tolist() == [4, 5, *plain.tokens.tolist()]
+    assert led.is_answer.tolist() == [False, False, *plain.is_answer.tolist()]
+    assert led.positions == plain.positions + 2
+    limit = {"max_positions": plain.positions + 1}
+    assert encode_samples([sample], ByteTokenizer(), **limit).examples
+    assert not encode_samples([sample], ByteTokenizer(), placeholders=[4, 5], **limit).examples

@@ -225,7 +225,7 @@ def tiny(tmp_path_factory):
     encoded = data.encode_samples(samples, model.tokenizer, max_positions=64).examples
     batches = list(data.Batches(encoded, data.Packed(rows=4, length=64)).one_epoch())
     loss = step.summed_loss(model)
-    adapter = preparation.make_adapter(config, loss, model.params, batches[0])
+    _, adapter = preparation.adapt(config, loss, model.params, batches[0])
     draw = np.random.default_rng(0)
     moved = jax.tree.map(lambda x: x + jnp.float32(0.1) * draw.normal(size=x.shape).astype("f"), adapter.params)
     return model, loss, adapter.replace(params=moved), batches
@@ -303,6 +303,27 @@ def test_update_that_is_not_finite_and_those_after_it_change_nothing(tiny):
     later, output = update(model.params, bad, step.split_batch(batches[0], 1), None)
     assert np.isfinite(float(output.loss))
     jax.tree.map(np.testing.assert_array_equal, (later.adapter, later.opt_state), wanted)
+
+
+def test_state_in_host_memory_changes_no_number_and_is_kept_when_an_update_is_not_finite(tiny):
+    model, loss, adapter, batches = tiny
+    optimiser = optax.adamw(0.1)
+    poisoned = batches[0] | {"loss_weights": np.full_like(batches[0]["loss_weights"], np.inf)}
+
+    def states(offload):
+        update = step.train_step(loss, optimiser, offload=offload)
+        opt_state = (lorax.optim.offload(optimiser) if offload else optimiser).init(adapter.params)
+        state = step.TrainState(jax.tree.map(jnp.copy, adapter), opt_state, jnp.bool_(False))
+        for batch in (batches[0], batches[1], poisoned):
+            state, _ = update(model.params, state, step.split_batch(batch, 1), None)
+            kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state)}
+            assert kinds == ({"pinned_host"} if offload else {"device"})
+            yield jax.tree.map(np.array, (state.adapter, state.opt_state))
+
+    ours, theirs = list(states(True)), list(states(False))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours[1], ours[2])
+    assert not np.array_equal(*(jax.tree.leaves(x[1])[1] for x in ours[:2]))
 
 
 def test_rows_that_do_not_divide_are_an_error(tiny):

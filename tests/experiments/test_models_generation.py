@@ -11,6 +11,7 @@ import pytest
 import lorax
 from experiments import models
 from experiments.models import generation
+from experiments.training import subject
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "peft"
 SAME_TOL = 1e-5
@@ -101,6 +102,56 @@ def test_unmerged_adapter_says_what_the_merged_weights_say(model, prompts):
     unmerged = model.generate((model.params, adapter), prompts, max_new_tokens=5, transform=adapt_step)
     assert unmerged == merged
     assert merged != model.generate(model.params, prompts, max_new_tokens=5)
+
+
+PLACEHOLDERS = [7, 3, 9]
+
+
+def first_positions(model, spec, seed=0):
+    """An adapter of the model with the rules of `spec`, far from its start."""
+    sites = lorax.trace(model.apply, model.params, np.zeros((1, 8), np.int32))
+    adapter = lorax.init(jax.random.key(seed), lorax.Spec(spec), sites, model.params)
+    draw = np.random.default_rng(seed)
+    moved = jax.tree.map(lambda x: x + jnp.float32(0.3) * draw.normal(size=x.shape).astype("f"), adapter.params)
+    return adapter.replace(params=moved)
+
+
+PROMPT = {"embed/embedding": lorax.Prompt(length=3)}
+PREFIX = {r"layers/attn/(key|value)/kernel": lorax.Prefix(length=3)}
+LORA = {r"layers/attn/query/kernel": lorax.LoRA(rank=2)}
+
+
+@pytest.mark.parametrize(
+    ("spec", "shared"),
+    [(PROMPT, 0), (PREFIX, 0), (PROMPT | LORA, 17)],
+    ids=["prompt", "prefix", "prompt and LoRA after a common prefix"],
+)
+def test_learned_first_positions_are_read_once_and_by_every_prompt(model, spec, shared):
+    adapter = first_positions(model, spec)
+    rng = np.random.default_rng(1)
+    beginning = rng.integers(3, 128, size=shared).tolist()
+    # among them, with either beginning, one that fills its row: no padding stands where learned positions were
+    asked = [beginning + rng.integers(3, 128, size=length).tolist() for length in (5, 16, 15)]
+    apply = jax.jit(lambda pair, tokens: lorax.adapt(model.apply)(*pair, tokens))
+    pair = (model.params, adapter)
+    want = [greedy(apply, pair, PLACEHOLDERS + prompt, 4) for prompt in asked]
+    how = {"transform": subject.adapted, "after": subject.adapted_later, "placeholders": PLACEHOLDERS}
+    assert model.generate(pair, asked, max_new_tokens=4, batch_size=2, **how) == want
+    assert want != model.generate(model.params, asked, max_new_tokens=4, placeholders=PLACEHOLDERS)
+
+
+def test_placeholders_count_as_positions(model):
+    with pytest.raises(ValueError, match="prompt 0 has 58 tokens; with 7 more"):
+        model.generate(model.params, [[1] * 58], max_new_tokens=4, placeholders=PLACEHOLDERS)
+
+
+def test_quantised_base_says_what_its_dequantised_weights_say(model, prompts):
+    stored = lorax.quantize(model.params, {r"layers/mlp/.*kernel": lorax.NF4()})
+    sites = lorax.trace(model.apply, stored, np.zeros((1, 4), np.int32))
+    adapter = lorax.init(jax.random.key(0), lorax.Spec({"layers/.*kernel": lorax.LoRA(rank=2)}), sites, stored)
+    want = model.generate(lorax.dequantize(stored), prompts, max_new_tokens=5)
+    assert model.generate((stored, adapter), prompts, max_new_tokens=5, transform=subject.adapted) == want
+    assert want != model.generate(model.params, prompts, max_new_tokens=5)
 
 
 def test_one_program_serves_all_batches_of_a_bucket(model):

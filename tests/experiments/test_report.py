@@ -7,9 +7,9 @@ import re
 import pytest
 
 from experiments.report import __main__ as command
-from experiments.report import charts, logs, page
+from experiments.report import charts, logs, outcome, page
 from experiments.report.markup import element
-from experiments.training import settings
+from experiments.training import recipes, settings
 
 RATE = {"value": 0.25, "low": 0.2, "high": 0.3}
 VOID = {"meta", "br", "line", "link", "img", "input"}
@@ -120,6 +120,44 @@ def test_page_has_the_numbers_of_the_run(written):
         "2 × 8 × 4",
     ):
         assert wanted in written, wanted
+
+
+def config_with(**changes):
+    config = settings.defaults()
+    config.update_from_flattened_dict(changes)
+    return json.loads(settings.to_json(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "Tiny fine-tuned with LoRA of rank 8."),
+        ({"method": "dora", "lora.rank": 3, "model.quantize": "nf4"}, "DoRA of rank 3 over a base in NF4."),
+        ({"method": "prompt"}, "Tiny fine-tuned with prompt tuning."),
+    ],
+)
+def test_page_says_what_was_done(tmp_path, changes, said):
+    assert said in page.write(write_logs(tmp_path, **{"config.json": config_with(**changes)})).read_text()
+
+
+def test_logs_from_before_there_were_other_methods_are_of_lora(tmp_path):
+    config = config_with()
+    del config["method"], config["model"]["quantize"]
+    assert "fine-tuned with LoRA of rank 8." in page.write(write_logs(tmp_path, **{"config.json": config})).read_text()
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_method_has_a_name_in_the_report(name):
+    assert outcome._method(config_with(method=name)) != name
+
+
+def test_page_says_why_nothing_was_merged(tmp_path):
+    result = json.loads((write_logs(tmp_path) / "result.json").read_text())
+    result["merge_check"] = {"skipped": "Prompt has no merged weight"}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    shown = page.write(tmp_path).read_text()
+    assert "adapted at each use, not merged: Prompt has no merged weight" in shown
+    assert "positions" not in shown
 
 
 def test_page_refers_to_nothing_outside_itself(written):
