@@ -54,9 +54,10 @@ EXACT = 1e-6
 SVD_TOL = 1e-4  # of factors that are singular vectors, and of their product subtracted from itself
 QUANTISED_TOL = 1e-5
 
-# Like another method but for a setting: compiled by the slow tests alone.
+# Compiled by the slow tests alone: like another method but for a setting, or with a file of tests of their own.
 VARIANTS = {"LoRA, bfloat16", "rsLoRA", "OLoRA", "orthogonal LoRA", "DoRA of PiSSA"}
-marked = lambda names: [pytest.param(m, marks=pytest.mark.slow if m in VARIANTS else ()) for m in names]
+ELSEWHERE = {"LoRA", "AdaLoRA", "LoRAFA", "VeRA"}
+marked = lambda names: [pytest.param(m, marks=pytest.mark.slow if m in VARIANTS | ELSEWHERE else ()) for m in names]
 
 START_AT_THE_BASE = {*READ_OFF_THE_WEIGHT, "DoRA", "Full", "Prompt", "TrainableTokens"}
 
@@ -67,7 +68,7 @@ compiled_mergeable = pytest.mark.parametrize(
 )
 
 # One function with many kinds of sites, so that a method needs one program.
-MIXED = ("heads in", "conv grouped and dilated", "tied embedding", "ragged", "scan with remat")
+MIXED = ("conv grouped and dilated", "tied embedding", "ragged", "scan with remat")
 PARAMS = {name: FORMS[name].params for name in MIXED}
 INPUTS = {name: FORMS[name].x for name in MIXED}
 
@@ -152,7 +153,7 @@ def test_merging_a_new_adapter_gives_the_base(method: str) -> None:
         assert_identical(merged, PARAMS)
 
 
-@every_method
+@compiled_method
 def test_init_is_pure_and_works_on_shapes(method: str) -> None:
     shapes = jax.eval_shape(functools.partial(build, method), abstract(PARAMS))
     assert abstract(initial(method)) == shapes
@@ -162,7 +163,7 @@ def test_init_is_pure_and_works_on_shapes(method: str) -> None:
     assert set(shapes.params) == {"tied embedding/w"}
 
 
-@every_method
+@compiled_method
 def test_seeds_differ_where_anything_is_drawn(method: str) -> None:
     one, other = initial(method), initial(method, seed=1)
     changed = any(np.any(np.asarray(x != y)) for x, y in zip(*map(jax.tree.leaves, (one, other)), strict=True))
@@ -299,7 +300,12 @@ def test_every_kind_of_site_agrees_with_the_merged_weight(name: str, method: str
     assert_close(*run(both, form.params, adapter, form.x), tol)
 
 
-@compiled_method
+QUANTISED = {"LoRA with a bias", "DoRA", "LoKr", "IA3 of inputs", "Bottleneck", "Full", "TrainableTokens"}
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=() if m in QUANTISED else pytest.mark.slow) for m in METHODS], scope="module"
+)
 def test_it_does_the_same_on_a_quantised_base(method: str) -> None:
     """Start, value and gradients; tests/test_quant_evaluation.py has the rest."""
     format = lorax.NF4(block=4) if list(METHODS).index(method) % 2 else lorax.Int8()
@@ -342,7 +348,7 @@ def test_unmerge_restores_the_base_or_is_refused(method: str) -> None:
 # What it survives.
 
 
-@every_method
+@compiled_method
 def test_saved_and_restored(method: str, tmp_path: Path) -> None:
     adapter = trained(method)
     lorax.save(tmp_path / "adapter", adapter, base=PARAMS)
@@ -353,7 +359,7 @@ def test_saved_and_restored(method: str, tmp_path: Path) -> None:
         assert_identical(back.arrays(path), adapter.arrays(path))
 
 
-@every_method
+@compiled_method
 def test_partitions_and_labels(method: str) -> None:
     adapter = trained(method)
     frozen, trainable = lorax.split(PARAMS, adapter)
@@ -408,7 +414,7 @@ def test_transformations(method: str) -> None:
     assert not np.allclose(mapped[0], plain, atol=1e-3), "two adapters"
 
 
-@every_method
+@compiled_method
 def test_a_bfloat16_model_stays_one(method: str) -> None:
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), SMALL)
     adapter = small_adapter(METHODS[method], params)
@@ -444,7 +450,6 @@ def test_the_methods_with_dropout_are_these() -> None:
 
 def test_different_methods_at_different_sites() -> None:
     rules = {
-        "heads in/w": METHODS["LoKr"],
         "conv.*": METHODS["DoRA"],
         "tied.*/w": METHODS["TrainableTokens"],
         "tied.*": METHODS["Full"],
