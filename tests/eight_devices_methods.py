@@ -64,11 +64,10 @@ def step(fn: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(both, compiler_options=FAST_COMPILE)
 
 
-# The first one on a quantised base. Every method at a fan-in or fan-out that is split, and in a stack or with heads.
+# The first one on a quantised base. DoRA and LoKr are where fan-in and fan-out are split, and in a stack.
 ROUNDS = [
     {"up": "DoRA", "down": "VeRA", "query": "LoHa", "layers": "LoKr"},
     {"up": "LoKr", "down": "AdaLoRA", "query": "IA3", "layers": "DoRA"},
-    {"up": "LoHa", "down": "LoRA with a bias", "query": "Bottleneck", "layers": "VeRA"},
 ]
 
 
@@ -94,9 +93,8 @@ def check(kind: AxisType, what: str) -> None:
         for name, method in METHODS.items():
             compare(name, {".*": method}, on_mesh, PARAMS, F32_TOL if name == "DoRA" else TOL)
         return
-    for methods in ROUNDS[1:]:
-        rules = {path: METHODS[name] for path, name in methods.items()}
-        compare(str(methods), rules, on_mesh, PARAMS, F32_TOL if "DoRA" in methods.values() else TOL)
+    rules = [{path: METHODS[name] for path, name in methods.items()} for methods in ROUNDS]
+    compare(str(ROUNDS[1]), rules[1], on_mesh, PARAMS, F32_TOL)
 
     quantised = lorax.quantize(PARAMS, {".*": lorax.NF4(block=4, double=False)}, sites=sites)
     put = lambda node, spec: jax.tree.map(
@@ -104,8 +102,7 @@ def check(kind: AxisType, what: str) -> None:
     )
     placed = {n: put(node, LAYOUT[n]) for n, node in quantised.items()}
     assert not any(node.codes.sharding.is_fully_replicated for node in placed.values())
-    rules = {path: METHODS[name] for path, name in ROUNDS[0].items()}
-    compare("NF4 base", rules, placed, lorax.dequantize(quantised), F32_TOL)
+    compare("NF4 base", rules[0], placed, lorax.dequantize(quantised), F32_TOL)
 
 
 if __name__ == "__main__":

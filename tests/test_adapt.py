@@ -214,7 +214,7 @@ def test_an_eager_call_lets_go_of_activations() -> None:
 
     params = [normal(i, 7, 7) for i in range(12)]
     adapter = adapter_for(fn, params, x)
-    fn(params, x)
-    lorax.adapt(fn)(params, adapter, x)
+    jax.block_until_ready(fn(params, x))
+    jax.block_until_ready(lorax.adapt(fn)(params, adapter, x))
     plain, adapted = alive
     assert adapted <= plain + 3

@@ -129,8 +129,8 @@ def dense(weight: Weight) -> Any:
         weight = rebuild(weight, weight.base.force(), weight.partial_factors())
     if len(weight.terms) == 1 and len(weight.terms[0].factors) == 1 and not weight.gains:
         return weight.base
-    base_specs = _specs(weight) if compat.explicit_mesh(weight.base) else None
     whole = tuple(range(weight.ndim))
+    base_specs = axis_specs((weight.base, whole))
     total = None
     for term in weight.terms:
         cuts = weight.cuts() if any(isinstance(a, Part) for f in term.factors for a in f.axes) else {}
@@ -154,9 +154,15 @@ def dense(weight: Weight) -> Any:
     return cast(total, weight.dtype)
 
 
-def _specs(weight: Weight) -> dict[Label, Any]:
-    typeof = jax.typeof(weight.base)
-    return {"mesh": typeof.sharding.mesh, **dict(enumerate(typeof.sharding.spec))}
+def axis_specs(*arrays: tuple[Any, Sequence[Label]]) -> dict[Label, Any] | None:
+    """Return the mesh and what it splits each label over, by the arrays' types; None where those do not say."""
+    if compat.explicit_mesh(arrays[0][0]) is None:
+        return None
+    specs: dict[Label, Any] = {}
+    for array, axes in arrays:
+        typeof = jax.typeof(array)
+        specs |= {"mesh": typeof.sharding.mesh, **dict(zip(axes, typeof.sharding.spec, strict=True))}
+    return specs
 
 
 def _sharding(specs: dict[Label, Any], axes: Sequence[Label]) -> Any:

@@ -19,7 +19,7 @@ from jax import lax
 from lorax import compat
 from lorax.interpret.activation import apply_outputs
 from lorax.interpret.context import Context, Use
-from lorax.interpret.contraction import absorb, arrange, dense, laid_out
+from lorax.interpret.contraction import absorb, arrange, axis_specs, dense, laid_out
 from lorax.interpret.deferred import Deferred, force, witness
 from lorax.interpret.evaluate import densify
 from lorax.interpret.weight import Factor, Output, Part, Term, Weight, cast, in_parts, sizes_in_parts
@@ -166,7 +166,9 @@ def adapted_dot(
     x, thin = scaled(x, plan.x_labels, (*base_gains, *gains)), scaled(thin, plan.thin_labels, gains)
     y = base_product(plan.primitive, params, base, x, plan.side)
     typeof_y = jax.typeof(y)
-    specs = _label_specs(base, x, plan.x_labels, y, plan.y_labels)
+    specs = axis_specs((y, plan.y_labels), (x, plan.x_labels))
+    if specs is not None:  # an axis is split as it is on the activation, the output or the base
+        specs = {**dict(enumerate(jax.eval_shape(force, base).sharding.spec)), **specs}
     kept = lambda z: cast(z, typeof_y.dtype) if specs is None else jax.sharding.reshard(z, typeof_y.sharding)
     outer = [_cast(f, y.dtype) for f in base_gains if contracted.isdisjoint(f.axes)]
     if outer:
@@ -284,17 +286,6 @@ def _as_rows(
     at = wanted.index(labels[first])
     n = last - first
     return rows, (*labels[:first], ("rows",), *labels[last:]), (*wanted[:at], ("rows",), *wanted[at + n :])
-
-
-def _label_specs(base: Any, x: Any, labels: Sequence[Any], y: Any, wanted: Sequence[Any]) -> Any:
-    """Mesh axes of every label where shardings are part of types: an axis is split as it is on x, y or the base."""
-    mesh = compat.explicit_mesh(y)
-    if mesh is None:
-        return None
-    base = jax.eval_shape(force, base)
-    spec = lambda array, names: dict(zip(names, array.sharding.spec, strict=True))
-    x, y = jax.typeof(x), jax.typeof(y)
-    return {"mesh": mesh, **spec(base, range(base.ndim)), **spec(y, wanted), **spec(x, labels)}
 
 
 RULES[compat.dot_general_p] = dot_general

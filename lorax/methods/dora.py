@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lorax.interpret.contraction import absorb, arrange
+from lorax.interpret.contraction import absorb, arrange, axis_specs
 from lorax.interpret.weight import Expression, Factor, cast
 from lorax.methods.base import Arrays, base_values, register
 from lorax.methods.lowrank import LowRank
@@ -66,7 +66,7 @@ class DoRA(LowRank):
         cross_SO = arrange(cross_SO, *_order(site), site.dims("SO"))
         a, b = cast(a, jnp.float32), cast(b, jnp.float32)
         again = [Factor(a, site.axes("SIQ")), Factor(b, b_axes), Factor(b, site.axes("SQO"))]
-        own, own_axes = absorb(a, a_axes, again, site.fan_in)
+        own, own_axes = absorb(a, a_axes, again, site.fan_in, specs=axis_specs((a, a_axes), (b, b_axes)))
         own_SO = arrange(own, own_axes, site.axes("SO"), site.dims("SO"))
         scale = arrays["scale"]
         scale = scale.reshape(scale.shape + (1,) * (own_SO.ndim - scale.ndim))
@@ -103,8 +103,9 @@ def _squared_norm(w: Any, w_axes: Sequence[int], fan_in: Collection[int]) -> jax
 
 def _cross(w: Any, w_axes: Sequence[int], fan_in: Collection[int], a: Factor, b: Factor) -> jax.Array:
     """`Σ (WᵀA)∘Bᵀ` over fan-in and rank, the other axes in the leaf's order, float32."""
-    wa, axes = absorb(w, w_axes, [Factor(cast(a.array, w.dtype), a.axes)], fan_in, accumulate=jnp.float32)
-    x, axes = absorb(wa, axes, [Factor(cast(b.array, wa.dtype), b.axes)], ())
+    specs = axis_specs((w, w_axes))
+    wa, axes = absorb(w, w_axes, [Factor(cast(a.array, w.dtype), a.axes)], fan_in, accumulate=jnp.float32, specs=specs)
+    x, axes = absorb(wa, axes, [Factor(cast(b.array, wa.dtype), b.axes)], (), specs=specs)
     kept = [i for i in w_axes if i not in fan_in]
     return arrange(x, axes, kept, [w.shape[w_axes.index(i)] for i in kept])
 

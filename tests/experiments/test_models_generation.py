@@ -12,6 +12,7 @@ import lorax
 from experiments import models
 from experiments.models import generation
 from experiments.training import subject
+from tests.agreement import FAST_COMPILE
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "peft"
 SAME_TOL = 1e-5
@@ -116,6 +117,14 @@ def first_positions(model, spec, seed=0):
     return adapter.replace(params=moved)
 
 
+@pytest.fixture
+def _compiled_in_a_hurry():
+    """The programs run once: time goes into compiling them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 PROMPT = {"embed/embedding": lorax.Prompt(length=3)}
 PREFIX = {r"layers/attn/(key|value)/kernel": lorax.Prefix(length=3)}
 LORA = {r"layers/attn/query/kernel": lorax.LoRA(rank=2)}
@@ -126,18 +135,21 @@ LORA = {r"layers/attn/query/kernel": lorax.LoRA(rank=2)}
     [(PROMPT, 0), (PREFIX, 0), (PROMPT | LORA, 17)],
     ids=["prompt", "prefix", "prompt and LoRA after a common prefix"],
 )
+@pytest.mark.usefixtures("_compiled_in_a_hurry")
 def test_learned_first_positions_are_read_once_and_by_every_prompt(model, spec, shared):
     adapter = first_positions(model, spec)
     rng = np.random.default_rng(1)
     beginning = rng.integers(3, 128, size=shared).tolist()
     # among them, with either beginning, one that fills its row: no padding stands where learned positions were
     asked = [beginning + rng.integers(3, 128, size=length).tolist() for length in (5, 16, 15)]
-    apply = jax.jit(lambda pair, tokens: lorax.adapt(model.apply)(*pair, tokens))
     pair = (model.params, adapter)
+    apply = subject.adapted(model.apply)
+    apply = jax.jit(apply).lower(pair, np.zeros((1, 48), np.int32)).compile(FAST_COMPILE)
     want = [greedy(apply, pair, PLACEHOLDERS + prompt, 4) for prompt in asked]
     how = {"transform": subject.adapted, "after": subject.adapted_later, "placeholders": PLACEHOLDERS}
     assert model.generate(pair, asked, max_new_tokens=4, batch_size=2, **how) == want
-    assert want != model.generate(model.params, asked, max_new_tokens=4, placeholders=PLACEHOLDERS)
+    other = (model.params, first_positions(model, spec, seed=1))
+    assert want != [greedy(apply, other, PLACEHOLDERS + prompt, 4) for prompt in asked]
 
 
 def test_placeholders_count_as_positions(model):
