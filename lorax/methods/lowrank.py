@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax.interpret.weight import Expression
+from lorax.interpret.weight import Expression, Factor, Term
 from lorax.methods.base import Arrays, Method
 from lorax.methods.initializers import find
 from lorax.sites import Site
@@ -72,5 +72,15 @@ class LowRank(Method):
         self, a: Expression, b: Expression, scale: Expression, a0: Expression | None, b0: Expression | None
     ) -> Expression:
         """`s·A·B`, less the initial product where there is one: a part of the base, so that it has no dropout."""
-        product = (a * scale @ b).with_dropout(self.dropout)
-        return product if a0 is None or b0 is None else product - a0 * scale @ b0
+        product = lambda a, b: a * scale @ b
+        if a0 is None or b0 is None:
+            return product(a, b).with_dropout(self.dropout)
+        if self.dropout:
+            return product(a, b).with_dropout(self.dropout) - product(a0, b0)
+        return product(_side_by_side(a, a0), _side_by_side(b, b0, sign=-1))  # of twice the rank
+
+
+def _side_by_side(array: Expression, initial: Expression, sign: int = 1) -> Expression:
+    (x,), (x0,) = array.terms[0].factors, initial.terms[0].factors
+    both = jnp.concatenate([x.array, sign * x0.array.astype(x.array.dtype)], x.axes.index("R"))
+    return Expression((Term((Factor(both, x.axes),)),))
