@@ -198,3 +198,14 @@ def test_no_operation_makes_a_weight() -> None:
     adapter = adapter_for(dense, {"w": jnp.ones((96, 160))}, jnp.ones((2, 96)), method=DORA)
     merged = jax.make_jaxpr(lorax.merge)({"w": jnp.ones((96, 160))}, adapter)
     assert {"add", "mul"} <= found(merged), "the search is able to fail"
+
+
+@pytest.mark.parametrize("name", ["linear", "heads in", "scan with remat", "tied embedding"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_new_adapter_changes_no_bit(name: str, dtype: str) -> None:
+    """Compiled: XLA would multiply by the reciprocal of a root, which is not quite 1/‖W‖."""
+    form = FORMS[name]
+    rules, sites = lorax.Spec({"w": lorax.DoRA(rank=2, dtype=dtype)}), lorax.trace(form.fn, form.params, form.x)
+    adapter = lorax.init(jax.random.key(0), rules, sites, form.params)
+    assert_identical(jax.jit(lorax.adapt(form.fn))(form.params, adapter, form.x), jax.jit(form.fn)(form.params, form.x))
+    assert_identical(jax.jit(lorax.merge)(form.params, adapter), form.params)

@@ -28,8 +28,9 @@ class DoRA(LowRank):
     The norm is `‖W‖² + 2s·Σ(WᵀA)∘Bᵀ + s²·Σ(AᵀA·B)∘B`, of which the first part is constant: it costs as much as a
     product with `rank` rows, and builds no weight.
 
-    The settings are those of `LoRA`. Trained are `a`, `b` and `magnitude` (stacked and fan-out axes); the state holds
-    `scale` and `squared_norm`, where zero marks an output unit that has no gain.
+    The settings are those of `LoRA`. Trained are `a`, `b` and `magnitude` (stacked and fan-out axes; float32 where the
+    factors are narrower, so that it starts at the norm exactly); the state holds `scale` and `squared_norm`, where zero
+    marks an output unit that has no gain.
     """
 
     arrays = {
@@ -51,7 +52,8 @@ class DoRA(LowRank):
         norms = lambda w, w_axes: _squared_norm(w, w_axes, site.fan_in)
         squared = _by_layer(norms, base_values(site, base), axes, site.stack)
         squared = arrange(squared, *_order(site), site.dims("SO"))
-        return {**trained, "magnitude": jnp.sqrt(squared).astype(self.dtype)}, {**fixed, "squared_norm": squared}
+        magnitude = jnp.sqrt(squared).astype(jnp.promote_types(self.dtype, jnp.float32))
+        return {**trained, "magnitude": magnitude}, {**fixed, "squared_norm": squared}
 
     def derive(self, site: Site, base: Any, arrays: Mapping[str, Any]) -> Arrays:
         """Return the gain `m / ‖W + s·A·B‖`, the norm without a gradient."""
@@ -72,7 +74,8 @@ class DoRA(LowRank):
         scale = scale.reshape(scale.shape + (1,) * (own_SO.ndim - scale.ndim))
         squared = lax.stop_gradient(arrays["squared_norm"] + 2 * scale * cross_SO + scale**2 * own_SO)
         has_norm = (squared > 0) & (arrays["squared_norm"] > 0)
-        norm = jnp.sqrt(jnp.where(has_norm, squared, 1))
+        # Selected after the root: XLA makes `m / √x` of a root that is divided by directly `m · rsqrt(x)`, not quite 1.
+        norm = jnp.where(has_norm, jnp.sqrt(squared), 1)
         return {"gain": jnp.where(has_norm, cast(arrays["magnitude"], norm.dtype) / norm, 1)}
 
     def weight(

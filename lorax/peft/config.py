@@ -111,6 +111,7 @@ def parse(document: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
         elif value is not None:
             problems.append(f"{key}={value!r} is not known and may change the adapter's meaning")
     given = {key: document[key] for key in fields if document.get(key) is not None}
+    problems += [f"{key}=None, expected a number" for key in _NUMBERS if document.get(key, 0) is None]
     problems += _ill_typed(given)
     init = str(given.get("init_lora_weights", True)).lower()
     if init.startswith(_CHANGES_BASE) and (init not in START or kind == "ADALORA"):
@@ -153,6 +154,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "ensure_weight_tying": (bool,),
 }
 
+_NUMBERS = ("r", "lora_alpha", "init_r", "lora_dropout")
+
+
+def _items(pattern: Any) -> list[tuple[str, Any]]:
+    return list(pattern.items()) if isinstance(pattern, dict) else []
+
 
 def _ill_typed(given: Mapping[str, Any]) -> list[str]:
     problems = []
@@ -165,6 +172,18 @@ def _ill_typed(given: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key}={value!r} is a {type(value).__name__}, expected {wanted}")
         elif key in ("r", "init_r") and value < 1:
             problems.append(f"{key}={value}: a rank is at least 1")
+    is_number = lambda x, *kinds: isinstance(x, kinds) and not isinstance(x, bool)
+    if given["peft_type"] == "LORA":
+        problems += [
+            f"rank_pattern[{name!r}]={rank!r}, expected a whole number of at least 1"
+            for name, rank in _items(given.get("rank_pattern"))
+            if not is_number(rank, int) or rank < 1
+        ]
+    problems += [
+        f"alpha_pattern[{name!r}]={alpha!r}, expected a number"
+        for name, alpha in _items(given.get("alpha_pattern"))
+        if not is_number(alpha, int, float)
+    ]
     if given.get("bias", "none") not in BIASES:
         problems.append(f"bias={given['bias']!r}, expected one of {', '.join(BIASES)}")
     return problems
