@@ -3,7 +3,7 @@ r"""What does fine-tuning over a 4-bit base cost in accuracy, and save in bytes?
     python -m experiments.finetune --config=configs/qlora.py
 
 The quickstart's data, adapter and steps over the same model with its linear layers in NF4 (double quantisation, blocks
-of 64), products in bfloat16, the optimiser's moments in host memory between updates; against the base in 16 and 32 bits:
+of 64), products in bfloat16, the optimiser's moments in host memory between updates. Against 16 and 32 bits:
 
     python -m experiments.finetune --config=configs/qlora.py --config.model.quantize=none \
         --config.run_dir=runs/qlora16

@@ -140,7 +140,7 @@ def test_a_new_adapter_changes_nothing(method: str) -> None:
         first = adapter.state["tied embedding/w"]["tokens"]
         inputs["tied embedding"] = inputs["tied embedding"].at[:, : first.size].set(first)
     got, _ = adapted_program(method)(PARAMS, adapter, inputs)
-    # Not bit by bit: XLA fuses what follows the products otherwise. The merged weight is the base to the bit, see below.
+    # Not to the bit: XLA fuses what follows the products in other ways. The merged weight is, see below.
     assert_close(got, plain_program()(PARAMS, inputs), SVD_TOL if method in READ_OFF_THE_WEIGHT else EXACT)
     assert_identical(PARAMS, before)
 

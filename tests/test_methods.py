@@ -147,11 +147,32 @@ def test_rank_and_alpha_differ_by_pattern() -> None:
         ({"dropout": -0.1}, "dropout is -0.1"),
         ({"initializer": "guassian"}, "initializer is 'guassian'"),
         ({"dtype": "int32"}, "dtype is 'int32'"),
+        ({"dtype": None}, "dtype is None"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"alpha": "x"}, "alpha is 'x'"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], needle: str) -> None:
     with pytest.raises(ValueError, match=re.escape(needle)):
         lorax.LoRA(**settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (lorax.AdaLoRA, {"target_rank": 2.0}),
+        (lorax.Bottleneck, {"rank": 0}),
+        (lorax.Prefix, {"length": 0}),
+        (lorax.Prompt, {"length": True}),
+        (lorax.VeRA, {"dropout": 1}),
+        (lorax.IA3, {"dtype": "int8"}),
+        (lorax.Full, {"dtype": "float23"}),
+    ],
+)
+def test_every_method_refuses_wrong_settings(method: type[lorax.Method], settings: dict[str, Any]) -> None:
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=re.escape(f"{method.__name__}: {name} is {value!r}; it has to be")):
+        method(**settings)
 
 
 # Dropout.

@@ -138,6 +138,8 @@ def test_the_smallest_config(tmp_path):
         ("rank_pattern", {"q_proj": "8"}),
         ("alpha_pattern", {"q_proj": None}),
         ("target_parameters", "experts"),
+        ("target_parameters", ["experts.nothing"]),
+        ("modules_to_save", ["nothing"]),
         ("layers_pattern", "layers"),
     ],
 )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lorax import compat
 from lorax.interpret.weight import Expression, Weight
 from lorax.methods.base import Arrays, Method, register
+from lorax.methods.settings import check
 from lorax.sites import Site
 
 
@@ -48,21 +49,14 @@ class AdaLoRA(Method):
     arrays = {"a": "SIR", "e": "SR", "b": "SRO", "scale": "S", "updates": ""}
 
     def __post_init__(self) -> None:
-        is_count = lambda n: isinstance(n, int) and not isinstance(n, bool) and n >= 1
-        if not is_count(self.rank):
-            raise ValueError(f"AdaLoRA: rank is {self.rank!r}; it has to be a whole number of at least 1")
-        if self.target_rank is not None and not (is_count(self.target_rank) and self.target_rank <= self.rank):
+        check(self)
+        if self.target_rank is not None and self.target_rank > self.rank:
             raise ValueError(
-                f"AdaLoRA: target_rank is {self.target_rank!r}; it has to be a whole number from 1 to the rank, "
-                f"{self.rank}, since a budget only shrinks"
+                f"AdaLoRA: target_rank is {self.target_rank}; it can be the rank, {self.rank}, at most, since a budget "
+                "only shrinks"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"AdaLoRA: dropout is {self.dropout!r}; it has to lie in [0, 1)")
         if not self.initial_std > 0:
             raise ValueError(f"AdaLoRA: initial_std is {self.initial_std!r}; with A = B = 0 nothing would ever train")
-        if not jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating):
-            raise ValueError(f"AdaLoRA: dtype is {self.dtype!r}; factors have to be floating point")
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
 
     @property
     def scaling(self) -> float:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax.methods.base import Arrays, Method, register
+from lorax.methods.settings import check
 from lorax.sites import Site
 
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "tanh": jnp.tanh}
@@ -39,11 +40,9 @@ class Bottleneck(Method):
     is_invertible = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"Bottleneck: rank is {self.rank!r}; it has to be at least 1")
+        check(self)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"Bottleneck: activation is {self.activation!r}; known are {', '.join(ACTIVATIONS)}")
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
 
     def refuses(self, site: Site) -> str | None:
         """Refuse rows of several groups besides what nothing can adapt."""

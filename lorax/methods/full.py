@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lorax.interpret.weight import Expression
 from lorax.methods.base import Arrays, Method, base_values, register
+from lorax.methods.settings import check
 from lorax.paths import is_quantized
 from lorax.sites import Site
 
@@ -29,8 +30,7 @@ class Full(Method):
     is_invertible = False
 
     def __post_init__(self) -> None:
-        if self.dtype is not None:
-            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        check(self)
 
     def refuses(self, site: Site) -> str | None:
         """Refuse integers, booleans and PRNG keys, which have no gradient."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lorax.interpret.weight import Expression
 from lorax.methods.base import Arrays, Method, register
+from lorax.methods.settings import check
 from lorax.sites import Site
 
 
@@ -30,9 +31,9 @@ class IA3(Method):
     arrays = {"gain": "SO", "input_gain": "SI"}
 
     def __post_init__(self) -> None:
+        check(self)
         if self.on not in ("output", "input"):
             raise ValueError(f"IA3: on is {self.on!r}; it has to be 'output' or 'input'")
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
 
     def init(self, key: jax.Array, site: Site, base: Any) -> tuple[Arrays, Arrays]:
         """Ones."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from lorax.interpret.weight import Expression, Factor, Term
 from lorax.methods.base import Arrays, Method
 from lorax.methods.initializers import find
+from lorax.methods.settings import check
 from lorax.sites import Site
 
 
@@ -37,18 +38,11 @@ class LowRank(Method):
     initializer: str = "uniform"
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"{name}: rank is {self.rank!r}; it has to be a whole number of at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"{name}: dropout is {self.dropout!r}; it has to lie in [0, 1)")
+        check(self)
         try:
             find(self.initializer)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        if not jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating):
-            raise ValueError(f"{name}: dtype is {self.dtype!r}; factors have to be floating point")
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+            raise ValueError(f"{type(self).__name__}: {error}") from None
 
     @property
     def scaling(self) -> float:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax.methods.base import Arrays, Method, base_values, register
+from lorax.methods.settings import check
 from lorax.paths import is_quantized
 from lorax.sites import Site
 
@@ -39,12 +40,10 @@ class Prompt(Method):
     acts_on_lookups = True
 
     def __post_init__(self) -> None:
+        check(self)
         object.__setattr__(self, "tokens", tuple(int(t) for t in self.tokens))
-        if self.length < 1:
-            raise ValueError(f"Prompt: length is {self.length!r}; it has to be at least 1")
         if self.tokens and len(self.tokens) != self.length:
             raise ValueError(f"Prompt: {len(self.tokens)} tokens for a length of {self.length}")
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
 
     def refuses(self, site: Site) -> str | None:
         """Refuse what no rows are looked up in."""
@@ -95,9 +94,7 @@ class Prefix(Method):
     is_invertible = False
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"Prefix: length is {self.length!r}; it has to be at least 1")
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
+        check(self)
 
     def refuses(self, site: Site) -> str | None:
         """Refuse all but products, whose output has positions."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lorax import paths
 from lorax.interpret.weight import Expression
 from lorax.methods.base import Arrays, Method, base_values, register
+from lorax.methods.settings import check
 from lorax.sites import Site
 
 
@@ -34,14 +35,13 @@ class TrainableTokens(Method):
     is_invertible = False
 
     def __post_init__(self) -> None:
+        check(self)
         tokens = tuple(self.tokens)
         if not tokens or len(set(tokens)) != len(tokens) or any(not isinstance(t, int) or t < 0 for t in tokens):
             raise ValueError(
                 f"TrainableTokens: tokens is {self.tokens!r}; it has to be row numbers, such as (3, 7), each once"
             )
         object.__setattr__(self, "tokens", tokens)
-        if self.dtype is not None:
-            object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
 
     def refuses(self, site: Site) -> str | None:
         """Refuse what is no table, and tables with fewer rows."""

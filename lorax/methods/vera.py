@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lorax.interpret.weight import Expression
 from lorax.methods.base import Arrays, Method, register
+from lorax.methods.settings import check
 from lorax.sites import Site
 
 
@@ -42,17 +43,11 @@ class VeRA(Method):
     arrays = {"d": "SR", "b": "SO", "shared_a": "IR", "shared_b": "RO"}
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"VeRA: rank is {self.rank!r}; it has to be a whole number of at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"VeRA: dropout is {self.dropout!r}; it has to lie in [0, 1)")
+        check(self)
         if not isinstance(self.projection_seed, int) or isinstance(self.projection_seed, bool):
             raise ValueError(f"VeRA: projection_seed is {self.projection_seed!r}; it has to be a whole number")
         if not math.isfinite(self.d_initial) or not self.d_initial:
             raise ValueError(f"VeRA: d_initial is {self.d_initial!r}; from 0 neither d nor b would get a gradient")
-        if not jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating):
-            raise ValueError(f"VeRA: dtype is {self.dtype!r}; its arrays have to be floating point")
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
 
     def init(self, key: jax.Array, site: Site, base: Any) -> tuple[Arrays, Arrays]:
         """Return the two vectors; nothing in them is random."""

@@ -134,6 +134,9 @@ class FactorReader:
         """Read factors of parameters: of several in one module the first to be wrapped lies innermost."""
         known = self.table.parameters()
         owners: dict[str, list[tuple[str, Slot]]] = {}
+        for entry in self.config.target_parameters or ():
+            if not any(targets.ends_with(p, [entry]) for p in known):
+                self.ledger.wrong.append(f"target_parameters: {entry!r} means no parameter of names")
         for full in targets.selected_parameters(self.config, known):
             owners.setdefault(known[full].module, []).append((full, known[full]))
         for module, listed in owners.items():

@@ -57,6 +57,8 @@ class ValueReader:
                     f"{slot.module} is saved without ensure_weight_tying: only one use of the tied table {slot.path} "
                     "was trained, while an adapter here acts on the leaf"
                 )
+        if self.config.modules_to_save and not self.saved:
+            self.ledger.wrong.append(f"modules_to_save={self.config.modules_to_save!r} means no module of names")
 
     def _read_biases(self) -> None:
         if self.config.bias == "none":
