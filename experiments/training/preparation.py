@@ -1,5 +1,7 @@
 """From the settings to what the loop needs: the model, the batches' layout, the adapter and its sites."""
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -46,7 +48,7 @@ def batch_layout(config: config_dict.ConfigDict) -> data.Packed | data.Bucketed:
 
 
 def adapt(
-    config: config_dict.ConfigDict, loss: step.LossFn, params: Any, batch: data.Batch
+    config: config_dict.ConfigDict, loss: step.LossFn, params: Any, batches: Iterable[data.Batch]
 ) -> tuple[Any, lorax.Adapter]:
     """Trace the loss and return the base and a fresh adapter of it.
 
@@ -54,7 +56,7 @@ def adapt(
         config: the settings.
         loss: of `step.summed_loss`.
         params: as `load_model` returned them.
-        batch: of the training data; with placeholders, each row begins with them.
+        batches: of the training data, at least one; with placeholders, each row begins with them.
 
     Returns:
         `params`, quantised if the method does that itself, and the adapter.
@@ -62,11 +64,15 @@ def adapt(
     Raises:
         ValueError: if a pattern matches nothing that can be adapted.
     """
-    spec, inputs = recipes.spec(config), step.loss_inputs(batch)
+    spec, recipe, batches = recipes.spec(config), recipes.find(config), iter(batches)
+    inputs = step.loss_inputs(next(batches))
     sites = lorax.trace(loss, params, inputs)
     make = jax.jit(lambda key, params: lorax.init(key, spec, sites, params))  # one program, not one an array
     adapter = make(jax.random.key(config.seed), params)
-    if recipes.find(config).is_quantising:
+    if recipe.reads_inputs:
+        others = map(step.loss_inputs, itertools.islice(batches, config.eva.batches - 1))
+        adapter = lorax.eva(loss, params, adapter, [(inputs,), *((x,) for x in others)], rho=config.eva.rho)
+    if recipe.is_quantising:
         params, adapter = lorax.loftq(params, adapter, recipes.formats(config), sites=sites)
     if any(isinstance(method, lorax.Prefix) for method in adapter.methods.values()):
         first_row = {name: array[:1] for name, array in inputs.items()}

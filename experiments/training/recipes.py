@@ -34,6 +34,7 @@ class Recipe:
         terms: numbers of an adapter to log beside the loss, which has no part of them.
         has_placeholders: whether it learns the first positions of every example.
         is_quantising: whether it quantises the base itself, with a view to the adapter.
+        reads_inputs: whether its factors start from the inputs that the layers see on the training data.
         has_peft_form: whether the adapter can be taken to PEFT.
     """
 
@@ -43,6 +44,7 @@ class Recipe:
     terms: Callable[[lorax.Adapter], dict[str, jax.Array]] = lambda adapter: {}
     has_placeholders: bool = False
     is_quantising: bool = False
+    reads_inputs: bool = False
     has_peft_form: bool = False
 
 
@@ -104,6 +106,7 @@ RECIPES: Mapping[str, Recipe] = {
     "lora_plus": Recipe(rules=_LORA, optimiser=optimiser.lora_plus, has_peft_form=True),
     "pissa": Recipe(rules=_low_rank(lorax.LoRA, initializer="pissa"), has_peft_form=True),
     "olora": Recipe(rules=_low_rank(lorax.LoRA, initializer="olora"), has_peft_form=True),
+    "eva": Recipe(rules=_LORA, reads_inputs=True, has_peft_form=True),
     "loftq": Recipe(rules=_LORA, is_quantising=True, has_peft_form=True),
     "dora": Recipe(rules=_low_rank(lorax.DoRA, "initializer"), has_peft_form=True),
     "adalora": Recipe(rules=_adalora, optimiser=optimiser.adalora, terms=_adalora_terms, has_peft_form=True),

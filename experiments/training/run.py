@@ -78,7 +78,7 @@ def _run(config: config_dict.ConfigDict, directory: RunDirectory, stop: StopSign
 
     loss = step.summed_loss(model)
     example = next(batches.one_epoch())
-    params, adapter = preparation.adapt(config, loss, params, example)
+    params, adapter = preparation.adapt(config, loss, params, batches.one_epoch())
     directory.write("sites.json", {"sites": preparation.describe_sites(loss, params, adapter, example)})
     loaded = time.perf_counter() - started
 

@@ -61,6 +61,7 @@ def defaults() -> config_dict.ConfigDict:
                 "interval": 1,  # steps from one pruning to the next
                 "orthogonal_weight": 0.5,  # of the regulariser
             },
+            "eva": {"batches": 8, "rho": 2.0},  # how many of the training data; the most that a layer's rank grows by
             "lora_plus": {"ratio": 16.0},  # the learning rate of B over that of A, which is train.learning_rate
             "vera": {"rank": 256, "initial": 0.1},  # of the shared projections; what the vector between them starts at
             "lokr": {"factor": -1},  # the largest side of the small matrix; -1: as near to the other's as it goes
@@ -163,8 +164,8 @@ def check(config: config_dict.ConfigDict) -> None:
     want("data.domains", bool(given["data.domains"]), "at least one domain")
     want("lora.dropout", 0 <= given["lora.dropout"] < 1, "a probability below 1")
     at_least_one = (
-        "data.row_tokens lora.rank tuning.length train.steps train.rows train.accumulate evaluation.max_new_tokens "
-        "evaluation.batch_size evaluation.loss_examples checkpoint.every checkpoint.keep"
+        "data.row_tokens lora.rank eva.batches eva.rho tuning.length train.steps train.rows train.accumulate "
+        "evaluation.max_new_tokens evaluation.batch_size evaluation.loss_examples checkpoint.every checkpoint.keep"
     )
     for name in at_least_one.split():
         want(name, given[name] >= 1, "at least 1")

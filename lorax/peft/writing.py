@@ -41,7 +41,7 @@ def save(
     Two adapters with the same numbers give the same bytes. Modules of other rank or scaling than the most get patterns
     of their own; initialisers that start at the weight (`pissa`, `olora`) become plain factors of twice the rank,
     `[A | A₀]` and `[B; −B₀]`, since the base stays what it was. An adapter that `load` made is written with the very
-    tensors that were read.
+    tensors that were read, unless they have such a start unconverted: PEFT would change the base by them again.
 
     Args:
       directory: is made where it does not exist. Files of other names in it stay; an adapter that it holds is replaced

@@ -25,6 +25,7 @@ NEEDS = {
     "loftq": {"model.quantize": "int4"},
     "prompt": {"data.batching": "bucketed", "tuning.length": 3},
     "prefix": {"data.batching": "bucketed", "tuning.length": 3},
+    "eva": {"eva.batches": 2},
     "vera": {"vera.rank": 8},
     "bottleneck": {"bottleneck.rank": 4},
     "bottleneck_pfeiffer": {"bottleneck.rank": 4, "bottleneck.activation": "tanh"},
@@ -188,7 +189,7 @@ def test_loftq_quantises_the_base_with_a_view_to_the_adapter(inputs):
     config = configured(inputs, "loftq_base", **rank)
     model = preparation.load_model(config)
     example = {name: np.zeros((1, 8), np.int32) for name in step.MODEL_INPUTS}
-    params, adapter = preparation.adapt(config, step.summed_loss(model), model.params, example)
+    params, adapter = preparation.adapt(config, step.summed_loss(model), model.params, [example])
     value = lambda tree: tree["layers"]["attn"]["value"]["kernel"]
     wanted, stored = value(model.params), value(params)
     assert isinstance(value(model.params), jax.Array) and stored.format == lorax.Int4()

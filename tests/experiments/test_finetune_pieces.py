@@ -225,7 +225,7 @@ def tiny(tmp_path_factory):
     encoded = data.encode_samples(samples, model.tokenizer, max_positions=64).examples
     batches = list(data.Batches(encoded, data.Packed(rows=4, length=64)).one_epoch())
     loss = step.summed_loss(model)
-    _, adapter = preparation.adapt(config, loss, model.params, batches[0])
+    _, adapter = preparation.adapt(config, loss, model.params, batches)
     draw = np.random.default_rng(0)
     moved = jax.tree.map(lambda x: x + jnp.float32(0.1) * draw.normal(size=x.shape).astype("f"), adapter.params)
     return model, loss, adapter.replace(params=moved), batches
