@@ -11,12 +11,13 @@ from typing import Any
 import jax
 
 from lorax import paths
-from lorax.adapter import Adapter, base_leaves
+from lorax.adapter import Adapter, Plan, base_leaves
 from lorax.interpret.context import Context, Use
 from lorax.interpret.evaluate import densify, evaluate
 from lorax.interpret.stage import Staged, stage
 from lorax.interpret.weight import Weight, quantized_weight
 from lorax.sites import Site
+from lorax.spec import Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,8 @@ def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]
       strict: refuse to build a dense weight where no rule applies; see `explain`.
 
     Returns:
-      The adapted function. Its keyword `rng` (a PRNG key) turns on the adapter's own dropout, and is handed on where
+      The adapted function. In place of the adapter `None` stands for none: quantised params are used as they are. The
+      keyword `rng` (a PRNG key) turns on the adapter's own dropout, and is handed on where
       `fn` itself has a parameter of that name; the adapter draws from a stream of its own.
 
     Raises:
@@ -68,7 +70,9 @@ def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]
     is_required = own_rng is not None and own_rng.kind is own_rng.KEYWORD_ONLY and own_rng.default is own_rng.empty
 
     @functools.wraps(fn)
-    def adapted(params: Any, adapter: Adapter, *args: Any, rng: Any = None, **kwargs: Any) -> Any:
+    def adapted(params: Any, adapter: Adapter | None, *args: Any, rng: Any = None, **kwargs: Any) -> Any:
+        if adapter is None:
+            adapter = Adapter({}, {}, Plan((), Spec([])))
         _check_is_adapter(adapter, "adapted(params, adapter, ...)")
         if is_required or (own_rng is not None and rng is not None):
             kwargs["rng"] = rng

@@ -220,7 +220,7 @@ def eva(
       The adapter with other ranks and factors; it changes nothing yet.
 
     Raises:
-      ValueError: no site takes part, or what `start` raises.
+      ValueError: no site takes part, a batch is no tuple, or what `start` raises.
 
     >>> import lorax
     >>> fn = lambda params, x: x @ params["first"] @ params["second"]
@@ -234,6 +234,8 @@ def eva(
     """
     fits = lambda method: isinstance(method, FITTED) and not find(method.initializer).is_subtracted
     sites = [site for site, method in adapter.plan.entries if site.kind == "linear" and fits(method)]
+    if any(not isinstance(batch, (tuple, list)) for batch in batches):
+        raise ValueError("eva: a batch is the tuple of the function's arguments after the params, such as (x,)")
     if not sites or not len(batches):
         wanted = ", ".join(cls.__name__ for cls in FITTED)
         raise ValueError(f"eva: needs batches ({len(batches)} given) and products with {wanted} ({len(sites)} here)")

@@ -1,5 +1,6 @@
 """What `save` writes: the same bytes, exact targets, plain factors for PiSSA, portable factors, and what it refuses."""
 
+import dataclasses
 import os
 
 import jax
@@ -9,8 +10,9 @@ import pytest
 
 import lorax
 from lorax import IA3, AdaLoRA, LoRA, LoRAFA, TrainableTokens, peft
+from lorax.peft.files import WEIGHTS
 from tests.agreement import assert_identical
-from tests.peft_models import GOLDEN, config_of, decoder, tensors_of, tied, toy
+from tests.peft_models import GOLDEN, config_of, decoder, tensors_of, tied, toy, write
 
 QV = "layers/attn/(query|value)/kernel"
 ROUND_OFF = 1e-5  # logits, after factors are rounded once more
@@ -56,8 +58,9 @@ def test_config_of_a_plain_adapter(tmp_path):
         "base_model_name_or_path": None,
         "revision": None,
     }
-    base.save(tmp_path, base.init({QV: LoRA(rank=2)}), task_type="SEQ_CLS", base_model="me/mine")
-    assert (config_of(tmp_path)["task_type"], config_of(tmp_path)["base_model_name_or_path"]) == ("SEQ_CLS", "me/mine")
+    base.save(tmp_path, base.init({QV: LoRA(rank=2)}), task_type="FEATURE_EXTRACTION", base_model="me/mine")
+    config = config_of(tmp_path)
+    assert (config["task_type"], config["base_model_name_or_path"]) == ("FEATURE_EXTRACTION", "me/mine")
 
 
 def test_modules_that_differ_get_explicit_patterns(tmp_path):
@@ -294,3 +297,50 @@ def test_triplets_of_different_ranks_are_padded(tmp_path):
 def test_a_decoder_is_a_causal_language_model(tmp_path, base):
     base().save(tmp_path, base().init({QV: LoRA(rank=2)}))
     assert config_of(tmp_path)["task_type"] == "CAUSAL_LM"
+
+
+def renamed(base, **modules):
+    """The same base with other modules for some leaves."""
+    return dataclasses.replace(base, names={**base.names, **modules})
+
+
+def test_a_tied_table_of_a_name_that_peft_does_not_tie_has_its_head_targeted_too(tmp_path):
+    """PEFT would drop the factors of GPT-2's `lm_head`, whatever `ensure_weight_tying` says."""
+    base = renamed(tied(), **{"embed/embedding": peft.Module("transformer.wte", "embedding")})
+    adapter = base.init({"embed/embedding": LoRA(rank=3, alpha=5), QV: LoRA(rank=2)})
+    config, tensors = assert_read_back(base, adapter, tmp_path / "a")
+    assert {"lm_head", "wte"} <= set(config["target_modules"]) and "ensure_weight_tying" not in config
+    assert config["rank_pattern"] == {r"^transformer\.wte": 3, "^lm_head": 3}
+    table = [tensors[f"base_model.model.transformer.wte.lora_embedding_{x}"] for x in "AB"]
+    head = [tensors[f"base_model.model.lm_head.lora_{x}.weight"] for x in "BA"]
+    np.testing.assert_array_equal(head[0], table[0].T)
+    np.testing.assert_array_equal(head[1], table[1].T)
+    base.save(tmp_path / "b", base.load(tmp_path / "a"))
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+
+    differing = {**tensors, "base_model.model.lm_head.lora_B.weight": 2 * head[0]}
+    with pytest.raises(ValueError, match="factors of transformer.wte and lm_head differ"):
+        base.load(write(tmp_path / "c", config, differing))
+    alone = {**config, "target_modules": [m for m in config["target_modules"] if m != "lm_head"]}
+    with pytest.raises(ValueError, match="or is none that PEFT ties"):
+        base.load(write(tmp_path / "d", {**alone, "ensure_weight_tying": True}, tensors))
+
+
+def test_a_task_brings_its_head_along(tmp_path):
+    """Trained or not: PEFT saves `score` of its own accord and refuses a directory without it."""
+    base = renamed(decoder(), **{"head/kernel": peft.Module("score", "linear")})
+    adapter = base.init({QV: LoRA(rank=2)})
+    config, tensors = assert_read_back(base, adapter, tmp_path, task_type="SEQ_CLS")
+    assert config["modules_to_save"] == ["score"]
+    np.testing.assert_array_equal(tensors["base_model.model.score.weight"], np.asarray(base.params["head"]["kernel"]).T)
+    with pytest.raises(ValueError, match="ends in score or classifier, and names has none"):
+        decoder().save(tmp_path / "none", adapter, task_type="SEQ_CLS")
+
+
+def test_saved_modules_are_named_in_full_where_names_is_not_complete(tmp_path):
+    """A norm that has no name might end in the same word."""
+    base = decoder()
+    base = dataclasses.replace(base, names={k: v for k, v in base.names.items() if "norm" not in k or "attn" in k})
+    base.save(tmp_path, base.init({"layers/attn_norm/scale": lorax.Full()}))
+    saved = config_of(tmp_path)["modules_to_save"]
+    assert saved == [f"model.layers.{i}.input_layernorm" for i in range(len(saved))] != []

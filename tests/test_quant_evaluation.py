@@ -68,6 +68,13 @@ def test_a_function_of_a_quantised_base_is_that_of_what_it_stands_for(format: st
     assert not np.allclose(got[0], other[0], atol=1e-4), "the format changes something"
 
 
+def test_a_quantised_base_runs_without_an_adapter() -> None:
+    form = FORMS["nested scan"]
+    small = lorax.quantize(form.params, {"w": FORMATS["NF4"]}, sites=lorax.trace(form.fn, form.params, form.x))
+    got = run(lambda params, x: lorax.adapt(form.fn)(params, None, x), small, form.x)
+    assert_close(got, run(form.fn, lorax.dequantize(small), form.x), TOL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),

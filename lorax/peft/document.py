@@ -40,14 +40,12 @@ def compose(
       saved: the modules of `modules_to_save`.
       table: all modules that are known.
       record: the directory that the adapter was read from.
-      task_type: the user's.
+      task_type: PEFT's word for the task.
       base_model: the user's.
 
     Raises:
       ValueError: nothing in PEFT's language means these modules alone.
     """
-    if task_type is None:
-        task_type = record.task_type if record else _task_type(table)
     dropouts = {float(getattr(p.method, "dropout", 0.0)) for p in pieces}
     every = {
         **settings,
@@ -68,19 +66,11 @@ def compose(
     return document
 
 
-def _task_type(table: Table) -> str | None:
-    """Return PEFT's word for a language model, whose body and head make one module, or None."""
-    known = table.modules
-    is_classifier = any(targets.ends_with(m, ("score", "classifier")) for m in known)
-    is_language_model = any(m in known for m in ("lm_head", "model.embed_tokens"))
-    return "CAUSAL_LM" if is_language_model and not is_classifier else None
-
-
 def _targets(pieces: Sequence[Piece], saved: Sequence[str], table: Table) -> dict[str, Any]:
     """Return names that mean the modules with factors, the parameters with factors, and the saved modules."""
     modules = [p.name for p in pieces if p.layout.kind != "parameter"]
     parameters = [p.name for p in pieces if p.layout.kind == "parameter"]
-    tied = {p.layout.tied for p in pieces}
+    tied = {p.layout.tied for p in pieces if targets.stays_tied(p.name)}
     others = [m for m in table.modules if m not in modules and m not in tied]
     at_dot = lambda name, path: targets.ends_with(path, [name])
     anywhere = lambda name, path: path.endswith(name)
@@ -89,7 +79,7 @@ def _targets(pieces: Sequence[Piece], saved: Sequence[str], table: Table) -> dic
     return {
         "target_modules": named or ([] if parameters else targets.NOTHING),
         "target_parameters": sorted(parameters) or None,
-        "modules_to_save": targets.shortest(saved, unsaved, anywhere, is_short=table.is_complete) or None,
+        "modules_to_save": targets.shortest(saved, unsaved, anywhere, is_short=table.names_all) or None,
     }
 
 
@@ -98,6 +88,7 @@ def _check(document: Mapping[str, Any], pieces: Sequence[Piece], saved: Sequence
     config, problems = parse(json.loads(json.dumps(document)))
     assert config is not None and not problems, problems
     candidates = {m: table.layouts[slot.path].kind for m, slot in table.targets().items()}
+    candidates |= {p.name: p.layout.kind for p in pieces if p.layout.kind != "parameter"}
     chosen, complaint = targets.selected(config, candidates, ())
     assert complaint is None, complaint
     chosen += targets.selected_parameters(config, table.parameters())

@@ -147,6 +147,12 @@ class Layout:
         """
         return self.kind == "parameter" and self.experts is None and len(self.in_axes) + len(self.out_axes) > 2
 
+    def twin(self) -> Layout:
+        """Return the layout of the output layer that shares this table."""
+        assert self.tied and self.is_swapped
+        sides = {"in_axes": self.out_axes, "out_axes": self.in_axes}
+        return dataclasses.replace(self, kind="linear", **sides, is_swapped=False, transposed=True, tied=None)
+
     @property
     def in_size(self) -> int:
         """The flattened fan-in."""

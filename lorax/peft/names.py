@@ -165,6 +165,11 @@ class Table:
         """Whether every leaf is named that could have factors: none is unknown that a short name might match."""
         return all(path in self.layouts for path, leaf in self.leaves.items() if len(leaf.shape) > 1)
 
+    @property
+    def names_all(self) -> bool:
+        """Whether every leaf is named."""
+        return all(path in self.layouts for path in self.leaves)
+
     def suggest_module(self, path: str) -> str:
         """Return the line of the table that a leaf seems to lack."""
         site = self.sites.get(path)

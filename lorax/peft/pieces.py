@@ -16,6 +16,7 @@ from lorax.methods.full import Full
 from lorax.methods.lora import LoRA
 from lorax.methods.lorafa import LoRAFA
 from lorax.methods.trainable_tokens import TrainableTokens
+from lorax.peft import targets
 from lorax.peft.build import array
 from lorax.peft.layout import Layout
 from lorax.peft.names import Slot, Table
@@ -113,11 +114,20 @@ def low_rank(adapter: Adapter, table: Table, record: Record | None) -> list[Piec
     made: list[Piece] = []
     for site, method in adapter.plan.entries:
         if isinstance(method, _LOW_RANK):
-            pieces = [_piece(adapter, table, slot, method, record) for slot in table.by_path[site.path]]
+            pieces = [p for s in table.by_path[site.path] for p in _pieces(adapter, table, s, method, record)]
             used = [p for p in pieces if _is_recorded(p, record) or not _is_empty(p)] or pieces
             is_uneven = bool(np.ndim(adapter.arrays(site.path)["scale"]))
             made += [_cut(p, record, may_trim=is_uneven) for p in used]
     return made
+
+
+def _pieces(adapter: Adapter, table: Table, slot: Slot, method: Method, record: Record | None) -> list[Piece]:
+    """Return the factors of a module, and of the output layer that shares its table where PEFT needs them twice."""
+    piece = _piece(adapter, table, slot, method, record)
+    tied = piece.layout.tied
+    if not tied or targets.stays_tied(slot.module):
+        return [piece]
+    return [piece, dataclasses.replace(piece, name=tied, layout=piece.layout.twin())]
 
 
 def _piece(adapter: Adapter, table: Table, slot: Slot, method: Method, record: Record | None) -> Piece:

@@ -43,13 +43,20 @@ class FactorReader:
         for module in chosen:
             slot = own.get(module) or self.table.by_path[heads[module]][0]
             layout = self.table.layouts[slot.path]
-            if layout.tied and not self.config.ensure_weight_tying:
+            is_twofold = layout.tied is not None and not self._is_tied(slot)
+            if is_twofold and not {slot.module, layout.tied} <= set(chosen):
                 self.ledger.wrong.append(
-                    f"{module} is targeted without ensure_weight_tying: the factors act on one use of the tied table "
-                    f"{slot.path} and not on the other, while an adapter here acts on the leaf"
+                    f"{module} is targeted without ensure_weight_tying, or is none that PEFT ties: the factors act "
+                    f"on one use of the tied table {slot.path} and not on the other, and an adapter here on the leaf"
                 )
             elif slot.module not in self.ranks:
                 self._read_module(slot, own_key=slot.module)
+                if is_twofold:
+                    self._read_twin(slot, str(layout.tied))
+
+    def _is_tied(self, slot: Slot) -> bool:
+        """Whether PEFT itself keeps the factors of a tied table's two uses the same."""
+        return self.config.ensure_weight_tying and targets.stays_tied(slot.module)
 
     def _read_module(self, slot: Slot, own_key: str, setting: str | None = None) -> None:
         config, layout = self.config, self.table.layouts[slot.path]
@@ -88,13 +95,30 @@ class FactorReader:
         self.ranks[setting] = what.rank
         if a is None or b is None:
             return
-        if layout.tied:
+        if layout.tied and self._is_tied(slot):
             self.ledger.same(f"{layout.tied}.lora_A.weight", b.T)
             self.ledger.same(f"{layout.tied}.lora_B.weight", a.T)
         ours = layout.from_peft(a, b, what.rank)
         self.slices.setdefault(slot.path, {})[slot.index] = Slice(
             *ours, scale=scaling, alpha=what.alpha, magnitude=magnitude, bias=bias
         )
+
+    def _read_twin(self, slot: Slot, head: str) -> None:
+        """Take the factors of the output layer that shares a table: they have to be the table's."""
+        what, theirs = (targets.factors(self.config, module) for module in (slot.module, head))
+        shapes = self.table.layouts[slot.path].twin().factor_shapes(theirs.rank)
+        for name, shape in zip(("lora_A", "lora_B"), shapes, strict=True):
+            self.ledger.take(f"{head}.{name}.weight", shape)
+        self.ranks[head] = theirs.rank
+        a, b = (self.ledger.found.get(f"{slot.module}.lora_embedding_{x}") for x in "AB")
+        of_head = [self.ledger.found.get(f"{head}.lora_{x}.weight") for x in "AB"]
+        if a is not None and b is not None:
+            same = [x is not None and np.array_equal(x, y.T) for x, y in zip(of_head, (b, a), strict=True)]
+            if not all(same) or what.scaling != theirs.scaling:
+                self.ledger.wrong.append(
+                    f"the factors of {slot.module} and {head} differ, which share the table {slot.path}, while an "
+                    "adapter here acts on the leaf"
+                )
 
     def _read_triplets(self, slot: Slot, stem: str) -> None:
         config, layout = self.config, self.table.layouts[slot.path]

@@ -16,6 +16,9 @@ NOTHING = "dummy-target-modules"
 # Output layers, which "all-linear" leaves out: of language models by their name, of classifiers by theirs.
 _OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer", "cls.predictions.decoder", "generator_lm_head")
 _CLASSIFIER_HEADS = ("score", "classifier")
+# What PEFT adds to `modules_to_save` for a task, whether the config names it or not.
+_SAVED_BY_TASK = {"SEQ_CLS": _CLASSIFIER_HEADS, "TOKEN_CLS": _CLASSIFIER_HEADS, "QUESTION_ANS": ("qa_outputs",)}
+_TIED_BY_PEFT = ("embed_tokens", "lm_head")  # the last words of the modules that `ensure_weight_tying` is for
 # What PEFT fills in where target_modules is null: by architecture, which a directory does not name.
 _BY_ARCHITECTURE = (
     ("q_proj", "v_proj"),
@@ -143,6 +146,16 @@ def is_saved(config: Config, module: str) -> bool:
     parts = module.split(".")
     owners = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
     return any(owner.endswith(key) for owner in owners for key in config.modules_to_save or ())
+
+
+def saved_by_task(task_type: str | None) -> tuple[str, ...]:
+    """Return the ends of modules that PEFT saves, and wants to find, because of the task."""
+    return _SAVED_BY_TASK.get(task_type or "", ())
+
+
+def stays_tied(module: str) -> bool:
+    """Whether PEFT keeps factors of this table and of the output layer that shares it the same, if it is asked to."""
+    return module.rpartition(".")[2] in _TIED_BY_PEFT
 
 
 def shortest(

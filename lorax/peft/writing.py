@@ -6,7 +6,7 @@ import collections
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,10 +48,12 @@ def save(
         when the new one is complete.
       adapter: of `LoRA`, `LoRAFA`, `DoRA`, `AdaLoRA`, `Full` and `TrainableTokens`.
       params: the base.
-      names: `{leaf path: module path}`, see `lorax.peft.names`. Modules that it lacks have to be no targets.
+      names: `{leaf path: module path}`, see `lorax.peft.names`, of all adapted leaves. The others' names help to write
+        short `target_modules`; where some are missing, paths are written in full.
       portable: write for servers, which apply one global `alpha/r` and know no patterns: every scaling is folded into
         its `B`, all factors are padded to one rank, and `lora_alpha = r`.
-      task_type: PEFT's, such as "SEQ_CLS"; None: what the adapter was read with, or "CAUSAL_LM" where `names` has a
+      task_type: PEFT's, such as "SEQ_CLS", for which PEFT wants the classifier's weights whether they were trained or
+        not (so `names` has to have them); None: what the adapter was read with, or "CAUSAL_LM" where `names` has a
         decoder's `lm_head` or `model.embed_tokens`.
       base_model: name or path of the base model; None: what the adapter was read with.
 
@@ -63,8 +65,10 @@ def save(
     pieces.refuse_foreign(adapter.plan.entries)
     record = record_of(adapter)
     table = _table(names, leaves, adapter.sites, record)
+    if task_type is None:
+        task_type = record.task_type if record else _task_type(table)
     writer = _Writer(adapter, table, record)
-    writer.fill(portable=portable)
+    writer.fill(portable=portable, task_type=task_type)
     document = compose(
         writer.settings, writer.pieces, writer.saved, table, record, task_type=task_type, base_model=base_model
     )
@@ -94,11 +98,11 @@ class _Writer:
         self.pieces = pieces.low_rank(adapter, table, record)
         self.saved: list[str] = []
 
-    def fill(self, *, portable: bool) -> None:
+    def fill(self, *, portable: bool, task_type: str | None) -> None:
         """Write all tensors, and what the config says of them.
 
         Raises:
-          ValueError: these methods do not go together there.
+          ValueError: these methods do not go together there, or lack what the task needs.
         """
         full = [site for site, method in self.adapter.plan.entries if isinstance(method, Full)]
         rows = [(site, m) for site, m in self.adapter.plan.entries if isinstance(m, TrainableTokens)]
@@ -110,7 +114,7 @@ class _Writer:
         stabilized = [getattr(p.method, "rank_stabilized", False) for p in self.pieces]
         self._write_factors(is_stabilized=not portable and bool(stabilized) and all(stabilized))
         if not portable:
-            self._write_values(full)
+            self._write_values(full, targets.saved_by_task(task_type), task_type)
             self._write_rows(rows)
             self._write_copies()
 
@@ -166,7 +170,7 @@ class _Writer:
             else:
                 self._put(f"{stem}.lora_A.weight", a)
                 self._put(f"{stem}.lora_B.weight", b)
-            if p.layout.tied:
+            if p.layout.tied and targets.stays_tied(p.name):
                 self._put(f"{p.layout.tied}.lora_A.weight", b.T)
                 self._put(f"{p.layout.tied}.lora_B.weight", a.T)
                 self.settings["ensure_weight_tying"] = True
@@ -228,11 +232,21 @@ class _Writer:
 
     # Whole parameters and rows.
 
-    def _write_values(self, sites: list[Site]) -> None:
-        """Write what is trained in full: biases as PEFT's `bias` where it has a word for them, else whole modules."""
+    def _write_values(self, sites: list[Site], by_task: Sequence[str], task_type: str | None) -> None:
+        """Write what is trained in full: biases as PEFT's `bias` where it has a word for them, else whole modules.
+
+        A head that PEFT saves for the task is written whether it was trained or not.
+        """
         trained = [slot for site in sites for slot in self._trained_slots(site)]
         kept = set(self.record.saved) if self.record else set()
-        whole = {s.module for s in trained if s.parameter != "bias" or s.module in kept}
+        heads = {slot.module for slot in self.table.slots.values() if slot.module.endswith(tuple(by_task))}
+        if by_task and not heads:
+            raise ValueError(
+                f"task_type={task_type!r}: PEFT wants the weights of a module that ends in {' or '.join(by_task)}, and "
+                "names has none. Add its lines, weight and bias, whether it was trained or not, or choose another "
+                "task_type"
+            )
+        whole = heads | {s.module for s in trained if s.parameter != "bias" or s.module in kept}
         factored = {p.slot.module for p in self.pieces}
         both = sorted(whole & factored)
         if both:
@@ -321,6 +335,14 @@ class _Writer:
             slot = self.table.slots.get((module, parameter)) or tied.get(module)
             if slot is not None and PREFIX + key not in self.tensors:
                 self._put(key, self._value(slot, of_base=not owner.endswith(".modules_to_save")))
+
+
+def _task_type(table: Table) -> str | None:
+    """Return PEFT's word for a language model, whose body and head make one module, or None."""
+    known = table.modules
+    is_classifier = any(targets.ends_with(m, ("score", "classifier")) for m in known)
+    is_language_model = any(m in known for m in ("lm_head", "model.embed_tokens"))
+    return "CAUSAL_LM" if is_language_model and not is_classifier else None
 
 
 def _refused(piece: Piece) -> str | None:
