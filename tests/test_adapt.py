@@ -104,11 +104,15 @@ def test_static_arguments_by_name_under_jit() -> None:
 
 def test_what_is_no_adapter_is_named() -> None:
     adapter = adapter_for(plain, PARAMS, X)
-    for wrong, kind in ((X, "Array"), (adapter.params, "dict"), (None, "NoneType")):
+    for wrong, kind in ((X, "Array"), (adapter.params, "dict"), (lorax.Spec({}), "Spec")):
         with pytest.raises(TypeError, match=rf"the adapter is a \w*{kind}\w*\. It comes from lorax\.init"):
             lorax.adapt(plain)(PARAMS, wrong, X)
         with pytest.raises(TypeError, match=rf"the adapter is a \w*{kind}\w*\."):
             lorax.explain(plain, PARAMS, wrong, X)
+
+
+def test_no_adapter_is_the_function_itself() -> None:
+    assert_identical(lorax.adapt(plain)(PARAMS, None, X), plain(PARAMS, X))
 
 
 def test_init_names_swapped_arguments() -> None:
