@@ -186,8 +186,7 @@ def test_the_step_costs_hardly_more_than_loras() -> None:
     flops = lambda c: c.cost_analysis()["flops"]
     memory = lambda c: c.memory_analysis().temp_size_in_bytes
     assert flops(lora) < flops(dora) <= FLOPS_OVER_LORA * flops(lora)
-    if jax.__version_info__ >= (0, 10, 2):  # the compiler of 0.10.0 keeps each output once more
-        assert memory(dora) <= MEMORY_OVER_LORA * memory(lora)
+    assert memory(dora) <= MEMORY_OVER_LORA * memory(lora)
 
 
 def test_no_operation_makes_a_weight() -> None:

@@ -6,7 +6,7 @@ import collections
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -114,7 +114,7 @@ class _Writer:
         stabilized = [getattr(p.method, "rank_stabilized", False) for p in self.pieces]
         self._write_factors(is_stabilized=not portable and bool(stabilized) and all(stabilized))
         if not portable:
-            self._write_values(full, targets.saved_by_task(task_type), task_type)
+            self._write_values(full, task_type)
             self._write_rows(rows)
             self._write_copies()
 
@@ -232,14 +232,15 @@ class _Writer:
 
     # Whole parameters and rows.
 
-    def _write_values(self, sites: list[Site], by_task: Sequence[str], task_type: str | None) -> None:
+    def _write_values(self, sites: list[Site], task_type: str | None) -> None:
         """Write what is trained in full: biases as PEFT's `bias` where it has a word for them, else whole modules.
 
         A head that PEFT saves for the task is written whether it was trained or not.
         """
         trained = [slot for site in sites for slot in self._trained_slots(site)]
         kept = set(self.record.saved) if self.record else set()
-        heads = {slot.module for slot in self.table.slots.values() if slot.module.endswith(tuple(by_task))}
+        by_task = targets.saved_by_task(task_type)
+        heads = {slot.module for slot in self.table.slots.values() if slot.module.endswith(by_task)}
         if by_task and not heads:
             raise ValueError(
                 f"task_type={task_type!r}: PEFT wants the weights of a module that ends in {' or '.join(by_task)}, and "
