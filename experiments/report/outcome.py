@@ -14,6 +14,7 @@ _FACTORS = {  # methods whose rank is `config.lora.rank`
     "pissa": "PiSSA",
     "olora": "OLoRA",
     "loftq": "LoftQ",
+    "eva": "EVA",
     "dora": "DoRA",
     "adalora": "AdaLoRA",
     "lorafa": "LoRA-FA",

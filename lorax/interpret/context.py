@@ -37,17 +37,13 @@ class Context:
 
     `tracing` is the evaluation that finds the sites: all parameters are weights without an adapter, and a weight is
     followed through whatever makes another weight of it. `fixed` then says which operands of the present equation
-    follow from the parameters alone. `live` says which of its outputs are read. `scanning` is the body of a scan
-    that is not recomputed.
+    follow from the parameters alone. `live` says which of its outputs are read.
     """
 
-    def __init__(
-        self, record: Callable[[Use], None] | None, key: Any = None, tracing: bool = False, scanning: bool = False
-    ) -> None:
+    def __init__(self, record: Callable[[Use], None] | None, key: Any = None, tracing: bool = False) -> None:
         self.record = record
         self.key = key
         self.tracing = tracing
-        self.scanning = scanning
         self.fixed: Sequence[bool] = ()
         self.live: Sequence[bool] = ()
         self._drawn = zlib.crc32(b"lorax") >> 1  # the function may draw from the same key, by small numbers
@@ -64,9 +60,9 @@ class Context:
         """Let go of a value that is read no more, and of what was made of it."""
         self._made.pop(id(of), None)
 
-    def inside(self, key: Any, scanning: bool | None = None) -> Context:
+    def inside(self, key: Any) -> Context:
         """Return the context for the body of a control-flow construct."""
-        return Context(self.record, key, self.tracing, self.scanning if scanning is None else scanning)
+        return Context(self.record, key, self.tracing)
 
     def next_key(self) -> Any:
         """Return a fresh key, or None when no `rng` was given."""

@@ -14,6 +14,7 @@ import jax
 from jax import lax
 
 from lorax import compat
+from lorax.interpret import residuals
 from lorax.interpret.context import Context
 from lorax.interpret.deferred import Deferred, force
 from lorax.interpret.evaluate import densify, derived, evaluate
@@ -36,9 +37,7 @@ def jit(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 def checkpoint(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Rematerialised body: the adapter's part is recomputed with it."""
     fixed, live = ctx.fixed, ctx.live
-    body = lambda operands, key: evaluate(
-        eqn.params["jaxpr"], operands, ctx.inside(key, scanning=False), fixed=fixed, live=live
-    )
+    body = lambda operands, key: evaluate(eqn.params["jaxpr"], operands, ctx.inside(key), fixed=fixed, live=live)
     remat = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
     return remat(list(operands), ctx.next_key())
 
@@ -68,12 +67,14 @@ def scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         arrays, key = step
         it = iter(moving)
         carry = [x if keep else next(it) for x, keep in zip(carried, fixed, strict=True)]
-        inner = ctx.inside(key, scanning=True)
+        inner = ctx.inside(key)
         layer = [_layer(a, spec) for a, (_, spec) in zip(arrays, sliced, strict=True)]
         outs = evaluate(jaxpr, [*consts, *carry, *layer], inner, fixed=known, live=live)
         moved = [densify(inner, x, "scan's carry") for x, keep in zip(outs[:n_carry], fixed, strict=True) if not keep]
         return moved, [densify(inner, x, "scan's output") for x in outs[n_carry:]]
 
+    if any(_is_rescaled(x) for x in operands) and residuals.is_left_to_us(jaxpr):
+        body = jax.checkpoint(body, prevent_cse=False, policy=residuals.keeps)
     moving = [x for x, keep in zip(carried, fixed, strict=True) if not keep]
     last, ys = lax.scan(
         body,
@@ -90,6 +91,11 @@ def scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 def _forced(weight: Weight) -> Weight:
     """Dequantise the base, where its quantised arrays cannot go."""
     return rebuild(weight, force(weight.base), weight.partial_factors())
+
+
+def _is_rescaled(x: Any) -> bool:
+    """Whether a weight has gains, or will have when its method says what it is."""
+    return isinstance(x, Weight) and bool((jax.eval_shape(Weight.settled, x) if x.pending else x).gains)
 
 
 def _leading(weight: Weight) -> tuple[list[Any], Weight]:

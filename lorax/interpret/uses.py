@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax import compat
+from lorax.interpret import residuals
 from lorax.interpret.activation import apply_outputs
 from lorax.interpret.context import Context, Use
 from lorax.interpret.contraction import absorb, arrange, axis_specs, dense, laid_out
@@ -109,7 +110,7 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     terms = weight.terms[1:]
     keys = [ctx.next_key() if t.dropout else None for t in terms]
     params = tuple({**eqn.params, "dimension_numbers": numbers}.items())
-    plan = _Plan(eqn.primitive, params, side, labels, y_labels, thin_labels, wanted, dtype, ctx.scanning)
+    plan = _Plan(eqn.primitive, params, side, labels, y_labels, thin_labels, wanted, dtype)
     outputs = acting(weight, free)
     return [adapted_dot(base.array, x, thin, gains, terms, keys, weight.gains, outputs, plan=plan)]
 
@@ -130,7 +131,6 @@ class _Plan(NamedTuple):
     thin_labels: tuple[Any, ...]  # of the activation that enters the thin products
     wanted: tuple[Any, ...]  # of their results
     dtype: Any  # of the thin products
-    keeps_result: bool  # see `rescale`
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -187,7 +187,7 @@ def adapted_dot(
     for gain in gains:
         if contracted.isdisjoint(gain.axes):
             gain = Factor(laid_out(gain.array, gain.axes, specs), gain.axes)
-            y = kept(rescale(y, along(gain, plan.y_labels, y.shape), plan.keeps_result))
+            y = kept(rescale(y, along(gain, plan.y_labels, y.shape)))
     return apply_outputs(outputs, y, plan.y_labels, entered, plan.x_labels)
 
 
@@ -207,28 +207,24 @@ def base_product(primitive: Any, params: dict[str, Any], base: Any, x: Any, side
     return jax.checkpoint(product)(base, x) if isinstance(base, Deferred) else product(base, x)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def rescale(y: Any, gain: Any, keeps_result: bool = False) -> Any:
+@jax.custom_jvp
+def rescale(y: Any, gain: Any) -> Any:
     """Multiply by a gain that is nowhere zero, with axes of size one where it does not vary.
 
     The derivative with respect to the gain is written as a product of matrices, whose transpose is the contraction
     `Σ ct∘y`: of an elementwise product and a sum, XLA keeps a further copy of the output from the forward pass on (a
-    quarter more temporary memory of a decoder's step). Under `keeps_result` it is taken from the result, which what
-    follows mostly keeps anyway: in a scan, whose residuals are arrays that XLA cannot compute again.
+    quarter more temporary memory of a decoder's step). In a scan `residuals` sees to what is kept.
     """
     return cast(cast(y, jnp.promote_types(y.dtype, gain.dtype)) * gain, y.dtype)
 
 
 @rescale.defjvp
-def _rescale_jvp(keeps_result: bool, primals: Any, tangents: Any) -> Any:
+def _rescale_jvp(primals: Any, tangents: Any) -> Any:
     (y, gain), (dy, dgain) = primals, tangents
-    out = rescale(y, gain, keeps_result)
+    y = residuals.kept(y)
     wide = jnp.promote_types(y.dtype, gain.dtype)
-    if keeps_result:  # elementwise: a reshaped result would be another array to keep
-        change = cast(out, wide) * (dgain / gain)
-    else:
-        change = _by_columns(cast(y, wide), cast(dgain, wide))
-    return out, cast(cast(dy, wide) * gain + change, y.dtype)
+    change = _by_columns(cast(y, wide), cast(dgain, wide))
+    return rescale(y, gain), cast(cast(dy, wide) * gain + change, y.dtype)
 
 
 def _by_columns(y: Any, gain: Any) -> Any:
