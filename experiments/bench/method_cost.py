@@ -168,7 +168,7 @@ def compare_scanned(
     length: int,
     *,
     remats: Sequence[str | None] = (None, "full"),
-    names: Sequence[str] = ("LoRA", "DoRA", "LoRA over NF4", "DoRA over NF4"),
+    names: Sequence[str] = ("LoRA", "DoRA", "DoRA, LoRA on the head", "LoRA over NF4", "DoRA over NF4"),
 ) -> dict[tuple[str | None, str], Step]:
     """Print the memory of steps of a scanned decoder, the first name's as reference; return them by remat and name."""
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
@@ -181,10 +181,12 @@ def compare_scanned(
         model = Llama(dataclasses.replace(config, remat=remat))
         params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
         for name in names:
-            method = (lorax.DoRA if name.startswith("DoRA") else lorax.LoRA)(rank=rank)
+            method = lorax.DoRA if name.startswith("DoRA") else lorax.LoRA
+            on_head = lorax.LoRA if name.endswith("LoRA on the head") else method
+            spec = lorax.Spec({"head/.*": on_head(rank=rank), ".*kernel": method(rank=rank)})
             rules = {".*kernel": lorax.NF4()} if name.endswith("NF4") else None
             fn = lambda p, tokens, model=model: model.apply({"params": p}, tokens)
-            step = steps[remat, name] = compile_step(fn, params, lorax.Spec({".*kernel": method}), tokens, rules)
+            step = steps[remat, name] = compile_step(fn, params, spec, tokens, rules)
             temporary, reference = step.cost["temp MiB"], steps[remat, names[0]].cost["temp MiB"]
             row = ["nothing" if remat is None else "every layer" if remat == "full" else remat, name]
             rows.append([*row, _mebibytes(step.base), f"{temporary:.1f}", f"{temporary / reference:.3f}"])

@@ -1,10 +1,10 @@
 """What a scan over rescaled weights keeps for its backward pass.
 
-The gradient of a gain (DoRA's magnitude, (IA)³'s vector) is the sum of cotangent times product, so the product before
-the gain has to be kept. What JAX keeps of the model as it is, is mostly made of such products by elementwise
-operations: a rotated query, a sum with the residual stream. Kept instead, the products cost nothing, and the rest
-follows from them again in the backward pass. Outside of a scan XLA finds this by itself; a scan's residuals are
-arrays that it cannot compute again.
+The gradient of a gain (DoRA's magnitude) is the sum of cotangent times product, so that the product before the gain has
+to be kept. What JAX keeps of the model as it is, is mostly made of such products by elementwise operations: a rotated
+query, a sum with the residual stream. Kept instead, the products cost nothing, and the rest follows from them again in
+the backward pass. Outside of a scan XLA finds this by itself; a scan's residuals are arrays that it cannot compute
+again.
 """
 
 from __future__ import annotations

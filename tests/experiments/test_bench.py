@@ -119,3 +119,20 @@ def test_dora_costs_what_it_may() -> None:
     flops, memory = (steps["DoRA"].cost[what] / steps["LoRA"].cost[what] for what in ("GFLOP", "temp MiB"))
     assert flops <= FLOPS_OVER_LORA
     assert memory <= MEMORY_OVER_LORA
+
+
+@pytest.mark.slow
+def test_dora_costs_what_it_may_in_a_scan() -> None:
+    """With all recomputed, what the output head keeps is as much as all the rest."""
+    sizes = {"vocab_size": 2048, "layers": 6, "dim": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn_dim": 704}
+    kept = compare_scanned(LlamaConfig(**sizes, max_positions=128), 8, 4, 128, remats=[None])
+    memory = {name: step.cost["temp MiB"] for (_, name), step in kept.items()}
+    assert memory["DoRA"] <= MEMORY_OVER_LORA * memory["LoRA"]
+    assert memory["DoRA, LoRA on the head"] <= MEMORY_OVER_LORA * memory["LoRA"]
+    assert memory["DoRA over NF4"] <= MEMORY_OVER_LORA * memory["LoRA over NF4"]
+    wide = LlamaConfig(**{**sizes, "vocab_size": 16384}, max_positions=128)
+    names = ["LoRA", "DoRA, LoRA on the head"]
+    lora, dora = (
+        step.cost["temp MiB"] for step in compare_scanned(wide, 8, 4, 128, remats=["full"], names=names).values()
+    )
+    assert dora <= MEMORY_OVER_LORA * lora
