@@ -14,7 +14,7 @@ quickstart: $(VENV)/.experiments
 	$(BIN)/python -m experiments.finetune --config=configs/quickstart.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

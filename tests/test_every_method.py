@@ -462,7 +462,7 @@ def test_different_methods_at_different_sites() -> None:
     assert_agrees(mixed, PARAMS, adapter, INPUTS)
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("kind", [pytest.param("auto", marks=pytest.mark.slow), "explicit"])
 @pytest.mark.parametrize(("what", "lines"), [("mixed", 2), pytest.param("each", 8, marks=pytest.mark.slow)])
 def test_on_eight_devices(kind: str, what: str, lines: int) -> None:
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1"}

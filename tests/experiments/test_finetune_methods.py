@@ -199,6 +199,7 @@ def test_loftq_quantises_the_base_with_a_view_to_the_adapter(inputs):
     assert error(nearer) < 0.7 * error(plain)
 
 
+@pytest.mark.slow
 def test_adalora_stops_and_goes_on_within_its_budget_bit_for_bit(inputs, adalora, monkeypatch):
     result, run_dir, steps = adalora
     write = metrics.MetricsLog.write

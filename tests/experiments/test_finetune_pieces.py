@@ -305,6 +305,7 @@ def test_update_that_is_not_finite_and_those_after_it_change_nothing(tiny):
     jax.tree.map(np.testing.assert_array_equal, (later.adapter, later.opt_state), wanted)
 
 
+@pytest.mark.slow
 def test_state_in_host_memory_changes_no_number_and_is_kept_when_an_update_is_not_finite(tiny):
     model, loss, adapter, batches = tiny
     optimiser = optax.adamw(0.1)

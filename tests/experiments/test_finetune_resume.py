@@ -73,6 +73,7 @@ def assert_same_run(run_dir, other, inputs):
     jax.tree.map(np.testing.assert_array_equal, factors(run_dir, inputs), factors(other, inputs))
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_losses_and_factors(inputs, uninterrupted):
     run_dir = inputs.folder / "killed"
     resumed = []

@@ -92,6 +92,7 @@ def adapt_step(step):
     return lambda pair, *args: lorax.adapt(step, strict=True)(*pair, *args)
 
 
+@pytest.mark.slow
 def test_unmerged_adapter_says_what_the_merged_weights_say(model, prompts):
     sites = lorax.trace(model.apply, model.params, np.zeros((1, 4), np.int32))
     spec = lorax.Spec({r"layers/.*kernel": lorax.LoRA(rank=4, alpha=8)})

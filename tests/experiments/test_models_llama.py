@@ -73,7 +73,9 @@ def test_padding_before_a_sequence_changes_nothing(model, reference):
     np.testing.assert_allclose(logits[:, 3:], model.apply(model.params, tokens), atol=SAME_TOL)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "dots_no_batch"])
+@pytest.mark.parametrize(
+    "remat", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dots", "dots_no_batch"))]
+)
 def test_remat_changes_neither_value_nor_gradient(model, reference, remat):
     other = dataclasses.replace(model, config=dataclasses.replace(model.config, remat=remat))
     tokens = reference["input_ids"]
