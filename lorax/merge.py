@@ -120,7 +120,10 @@ def _refuse_unmergeable(adapter: Adapter) -> None:
     entries = [(site.path, type(method).__name__) for site, method in adapter.plan.entries if not method.is_mergeable]
     if entries:
         listed, kinds = ", ".join(path for path, _ in entries), ", ".join(sorted({kind for _, kind in entries}))
-        raise ValueError(f"{kinds} has no merged weight, at {listed}: keep the adapter, or leave these out of its spec")
+        raise ValueError(
+            f"{kinds} has no merged weight, at {listed}: it adds to the output what no weight would (LoRA's bias, a "
+            "bottleneck, a prefix); keep the adapter, or leave these out of its spec"
+        )
 
 
 def _refuse_non_finite(adapter: Adapter) -> None:

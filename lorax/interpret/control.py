@@ -73,7 +73,7 @@ def scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         moved = [densify(inner, x, "scan's carry") for x, keep in zip(outs[:n_carry], fixed, strict=True) if not keep]
         return moved, [densify(inner, x, "scan's output") for x in outs[n_carry:]]
 
-    if any(_is_rescaled(x) for x in operands) and residuals.is_left_to_us(jaxpr):
+    if residuals.is_left_to_us(jaxpr) and any(_is_rescaled(x) for x in operands):
         body = jax.checkpoint(body, prevent_cse=False, policy=residuals.keeps)
     moving = [x for x, keep in zip(carried, fixed, strict=True) if not keep]
     last, ys = lax.scan(
