@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from lorax.interpret.residuals import Followed
+
 LeafAxes = frozenset[tuple[str, int]]
 
 
@@ -37,7 +39,8 @@ class Context:
 
     `tracing` is the evaluation that finds the sites: all parameters are weights without an adapter, and a weight is
     followed through whatever makes another weight of it. `fixed` then says which operands of the present equation
-    follow from the parameters alone. `live` says which of its outputs are read.
+    follow from the parameters alone. `live` says which of its outputs are read. `followed` is there in the body of a
+    scan of which lorax says what it keeps.
     """
 
     def __init__(self, record: Callable[[Use], None] | None, key: Any = None, tracing: bool = False) -> None:
@@ -46,6 +49,7 @@ class Context:
         self.tracing = tracing
         self.fixed: Sequence[bool] = ()
         self.live: Sequence[bool] = ()
+        self.followed: Followed | None = None
         self._drawn = zlib.crc32(b"lorax") >> 1  # the function may draw from the same key, by small numbers
         self._made: dict[int, tuple[Any, dict[Any, Any]]] = {}
 

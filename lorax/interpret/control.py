@@ -62,18 +62,20 @@ def scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     known = [is_fixed and not n_consts <= i < n_consts + n_carry for i, is_fixed in enumerate(ctx.fixed)]
     key = ctx.next_key()
     keys = None if key is None else jax.random.split(key, length)
+    is_ours = residuals.is_left_to_us(jaxpr) and any(_is_rescaled(x) for x in operands)
 
     def body(moving: list[Any], step: Any) -> Any:
         arrays, key = step
         it = iter(moving)
         carry = [x if keep else next(it) for x, keep in zip(carried, fixed, strict=True)]
         inner = ctx.inside(key)
+        inner.followed = residuals.Followed() if is_ours else None
         layer = [_layer(a, spec) for a, (_, spec) in zip(arrays, sliced, strict=True)]
         outs = evaluate(jaxpr, [*consts, *carry, *layer], inner, fixed=known, live=live)
         moved = [densify(inner, x, "scan's carry") for x, keep in zip(outs[:n_carry], fixed, strict=True) if not keep]
         return moved, [densify(inner, x, "scan's output") for x in outs[n_carry:]]
 
-    if residuals.is_left_to_us(jaxpr) and any(_is_rescaled(x) for x in operands):
+    if is_ours:
         body = jax.checkpoint(body, prevent_cse=False, policy=residuals.keeps)
     moving = [x for x, keep in zip(carried, fixed, strict=True) if not keep]
     last, ys = lax.scan(

@@ -17,6 +17,7 @@ from lorax import compat
 from lorax.interpret.activation import apply_outputs
 from lorax.interpret.context import Context, Use
 from lorax.interpret.contraction import dense
+from lorax.interpret.residuals import Followed
 from lorax.interpret.weight import Factor, Term, Weight
 
 RULES: dict[Any, Any] = {}
@@ -82,11 +83,20 @@ def evaluate(
         with context.manager:
             for eqn, dying in group:
                 with compat.source_context(eqn):
-                    env.update((v, x) for v, x in zip(eqn.outvars, run(eqn), strict=True) if v in needed)
+                    outs = run(eqn)
+                    if ctx.followed is not None:
+                        outs = _marked(ctx.followed, eqn, [read(v) for v in eqn.invars], outs)
+                    env.update((v, x) for v, x in zip(eqn.outvars, outs, strict=True) if v in needed)
                 for v in dying:  # an eager call keeps no activation longer than the plain function does
                     ctx.forget(env.pop(v))
                     built.pop(v, None)
     return [read(v) if is_live else None for v, is_live in zip(jaxpr.outvars, live, strict=True)]
+
+
+def _marked(followed: Followed, eqn: Any, values: Sequence[Any], outs: Sequence[Any]) -> Sequence[Any]:
+    """Mark what is kept of an equation's outputs, unless that happened inside of it."""
+    is_entered = eqn.primitive in ENTERED and any(isinstance(x, Weight) for x in values)
+    return outs if is_entered else followed.mark(eqn, values, outs)
 
 
 def _is_whole(value: Any) -> bool:
