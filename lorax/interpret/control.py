@@ -69,9 +69,9 @@ def scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         it = iter(moving)
         carry = [x if keep else next(it) for x, keep in zip(carried, fixed, strict=True)]
         inner = ctx.inside(key)
-        inner.followed = residuals.Followed() if is_ours else None
-        layer = [_layer(a, spec) for a, (_, spec) in zip(arrays, sliced, strict=True)]
-        outs = evaluate(jaxpr, [*consts, *carry, *layer], inner, fixed=known, live=live)
+        inputs = [*consts, *carry, *(_layer(a, spec) for a, (_, spec) in zip(arrays, sliced, strict=True))]
+        inner.followed = residuals.Followed(inputs) if is_ours else None
+        outs = evaluate(jaxpr, inputs, inner, fixed=known, live=live)
         moved = [densify(inner, x, "scan's carry") for x, keep in zip(outs[:n_carry], fixed, strict=True) if not keep]
         return moved, [densify(inner, x, "scan's output") for x in outs[n_carry:]]
 

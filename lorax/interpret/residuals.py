@@ -2,9 +2,9 @@
 
 The gradient of a gain (DoRA's magnitude) is the sum of cotangent times product, so that the product before the gain has
 to be kept. What JAX keeps of the model as it is, is mostly made of such products by elementwise operations: a rotated
-query, a sum with the residual stream. Kept instead, the products cost nothing, and what follows from them elementwise
-is computed again in the backward pass; all else is kept as JAX would. Outside of a scan XLA finds this by itself; a
-scan's residuals are arrays that it cannot compute again.
+query, a sum with the residual stream. Kept instead, the products cost nothing, and what follows elementwise from them,
+or from the scan's inputs, is computed again in the backward pass; all else is kept as JAX would. Outside of a scan XLA
+finds this by itself; a scan's residuals are arrays that it cannot compute again.
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ def kept(x: Any) -> Any:
 
 
 class Followed:
-    """The arrays of a scan's body that follow from a rescaled product by what is computed again."""
+    """The arrays of a scan's body that follow, by what is computed again, from a rescaled product or an input alone.
 
-    def __init__(self) -> None:
-        self._arrays: dict[int, Any] = {}  # held, so that an id stays its own
+    A scan keeps its inputs as they are.
+    """
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        self._arrays = {id(x): x for x in inputs}  # held, so that an id stays its own
 
     def mark(self, eqn: Any, values: Sequence[Any], outs: Sequence[Any]) -> Sequence[Any]:
         """Return an equation's outputs, those marked that are to be kept.
