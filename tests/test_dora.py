@@ -189,6 +189,48 @@ def test_the_step_costs_hardly_more_than_loras() -> None:
     assert memory(dora) <= MEMORY_OVER_LORA * memory(lora)
 
 
+LOOPS = {
+    "scan": lambda p, x: lax.scan(lambda h, xt: (jnp.tanh(xt @ p["w"] + h),) * 2, x[0], x)[1],
+    "scan that carries it": lambda p, x: lax.scan(
+        lambda c, xt: ((c[0], jnp.tanh(xt @ c[0] + c[1])), None), (p["w"], x[0]), x
+    )[0][1],
+    "scan in a scan over layers": lambda p, x: lax.scan(
+        lambda h, w: (lax.scan(lambda h, xt: (jnp.tanh(xt @ w + h), None), h, x)[0], None), x[0], p["w"]
+    )[0],
+    "while": lambda p, x: lax.while_loop(
+        lambda s: (s[0] < 3) & (jnp.sum(s[1] @ p["w"]) < 1e3), lambda s: (s[0] + 1, jnp.tanh(s[1] @ p["w"])), (0, x)
+    )[1],
+    "while over layers": lambda p, x: lax.while_loop(
+        lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.tanh(s[1] @ p["w"][s[0]])), (0, x)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("stored", ["float32", "NF4"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_norm_of_what_all_steps_of_a_loop_read_is_taken_once(loop: str, stored: str) -> None:
+    fn, x = LOOPS[loop], normal(2, 2, 64)
+    params = {"w": normal(1, *(3,) * loop.endswith("layers"), 64, 64)}
+    sites = lorax.trace(fn, params, x)
+    base = lorax.quantize(params, {"w": lorax.NF4()}, sites=sites) if stored == "NF4" else params
+
+    def steps(method: lorax.Method) -> list[int]:
+        """How many products a step of each loop has that holds no other loop."""
+        adapter = adapter_for(fn, params, x, method=method)
+        assert_close(lorax.adapt(fn)(base, adapter, x), fn(lorax.merge(lorax.dequantize(base), adapter), x))
+        found = equations(jax.make_jaxpr(lorax.adapt(fn))(base, adapter, x))
+        loops = [e for e in found if e.primitive.name in ("scan", "while")]
+        bodies = [[v for k, v in e.params.items() if k in ("jaxpr", "body_jaxpr", "cond_jaxpr")] for e in loops]
+        inside = [[e.primitive.name for jaxpr in body for e in equations(jaxpr)] for body in bodies]
+        return [names.count("dot_general") for names in inside if not {"scan", "while"} & set(names)]
+
+    (of_lora,) = steps(lorax.LoRA(rank=2, alpha=3))
+    assert of_lora >= 3
+    *of_norms, of_dora = steps(DORA)
+    assert of_dora == of_lora
+    assert bool(of_norms) == (stored == "NF4" and loop == "while over layers"), "a quantised stack's, layer by layer"
+
+
 def test_no_operation_makes_a_weight() -> None:
     """Neither for the norm nor for its product: nothing of a weight's shape is computed, transposed or not."""
     params = jax.eval_shape(lambda: init_params(jax.random.key(0), SMALL))

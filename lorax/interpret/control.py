@@ -49,10 +49,16 @@ def _unmoved(jaxpr: Any, operands: Sequence[Any], first: int, count: int) -> lis
     return [isinstance(x, Weight) and into is out for x, into, out in pairs]
 
 
+def _settled(operands: Sequence[Any]) -> list[Any]:
+    """Derive before a loop what each of its steps would derive from the same weight."""
+    return [x.settled() if isinstance(x, Weight) else x for x in operands]
+
+
 def scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Scan: a stacked weight is scanned array by array, those without the stacked axis are constants."""
     jaxpr = eqn.params["jaxpr"]
     n_consts, n_carry = compat.scan_arity(eqn.params)
+    operands = [*_settled(operands[: n_consts + n_carry]), *operands[n_consts + n_carry :]]
     consts, init, xs = operands[:n_consts], operands[n_consts : n_consts + n_carry], operands[n_consts + n_carry :]
     fixed = _unmoved(jaxpr, init, n_consts, n_carry)
     carried = [x if keep else densify(ctx, x, "scan's carry") for x, keep in zip(init, fixed, strict=True)]
@@ -125,6 +131,7 @@ def _layer(arrays: Any, weight: Weight | None) -> Any:
 def while_loop(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """While: weights that the body hands on unchanged are constants, others are built."""
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    operands = _settled(operands)
     cond_consts, body_consts, init = operands[:n_cond], operands[n_cond : n_cond + n_body], operands[n_cond + n_body :]
     fixed = _unmoved(eqn.params["body_jaxpr"], init, n_body, len(init))
     carried = [x if keep else densify(ctx, x, "while's carry") for x, keep in zip(init, fixed, strict=True)]
