@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, note, settings
 from hypothesis import strategies as st
+from jax import lax
 
 import lorax
 from lorax.interpret.contraction import absorb, contraction, dense
@@ -191,14 +192,45 @@ def test_pieces_joined_in_another_order_are_factored() -> None:
     assert_agrees(fn, params, adapter, x)
 
 
-def test_several_leaves_joined_are_factored() -> None:
-    def fn(p: Any, x: Any) -> Any:
-        joined = jnp.concatenate([p["q"], p["k"].T, p["frozen"]], axis=1)
-        return x @ joined, jnp.einsum("ti,oei->eto", x, jnp.stack([p["q"].T, p["k"]], axis=1))
+SCALED = {  # and whether each stays factored when weights are joined along what leaves, and along what enters
+    "LoRA": (lorax.LoRA(rank=2), True, True),
+    "DoRA": (lorax.DoRA(rank=2), True, False),
+    "IA3": (lorax.IA3(on="output"), True, False),
+    "IA3 of inputs": (lorax.IA3(on="input"), False, True),
+}
+WORDS = {True: "factored", False: "materialised"}
 
+
+def leaves_side_by_side(p: Any, x: Any) -> Any:
+    joined = jnp.concatenate([p["q"], p["k"].T, p["frozen"]], axis=1)
+    return x @ joined, jnp.einsum("ti,oei->eto", x, jnp.stack([p["q"].T, p["k"]], axis=1))
+
+
+def leaves_below_each_other(p: Any, x: Any) -> Any:
+    return jnp.tile(x, 4)[:, :14] @ jnp.concatenate([p["frozen"].T, p["q"].T, p["k"]])
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("where", [leaves_side_by_side, leaves_below_each_other])
+def test_several_leaves_joined(name: str, where: Any) -> None:
+    """A gain stays one where it varies along what is joined; elsewhere it would be as large as the weight."""
+    method, *is_factored = SCALED[name]
     params = {"q": normal(1, 4, 6), "k": normal(2, 6, 4), "frozen": normal(3, 4, 2)}
     x = normal(4, 5, 4)
-    adapter = adapter_for(fn, params, x, only="[qk]")
+    adapter = adapter_for(where, params, x, only="[qk]", method=method)
+    word = WORDS[is_factored[where is leaves_below_each_other]]
+    assert how(where, params, adapter, x) == {"q": word, "k": word}
+    assert_agrees(where, params, adapter, x)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_layers_of_their_own_leaves_stacked_for_a_scan_are_factored(name: str) -> None:
+    def fn(p: Any, x: Any) -> Any:
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.stack([p["q"], p["frozen"], p["k"].T]))[0]
+
+    params = {"q": normal(1, 4, 4), "k": normal(2, 4, 4), "frozen": normal(3, 4, 4)}
+    x = normal(4, 5, 4)
+    adapter = adapter_for(fn, params, x, only="[qk]", method=SCALED[name][0])
     assert how(fn, params, adapter, x) == {"q": "factored", "k": "factored"}
     assert_agrees(fn, params, adapter, x)
 

@@ -8,6 +8,7 @@ caller then continues with the dense weight.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -355,51 +356,79 @@ def _concatenate(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
 
 
 def _joined(ctx: Any, eqn: Any, parts: Sequence[Any], operands: Sequence[Any], axis: int) -> Any:
-    """Join weights along an axis: each product keeps to its own part, zero elsewhere.
+    """Join weights along an axis: each product keeps to its own part, zero elsewhere, and each gain, one elsewhere.
 
-    A weight that is rescaled as a whole (more than one array in its first term) does not join others, and a parameter
+    A weight with outputs, or with gains that would span all of its axes then, does not join others, and a parameter
     that is joined to an activation (a class token) is no weight.
     """
     weights = [p for p in parts if isinstance(p, Weight)]
-    whole = any(len(w.terms[0].factors) > 1 or w.gains or w.outputs for w in weights)
-    if whole or (ctx.tracing and not all(ctx.fixed)):
+    if any(w.outputs for w in weights) or (ctx.tracing and not all(ctx.fixed)):
         return NotImplemented
     (base,) = compat.bind(eqn, [deferred.force(x.base) if isinstance(x, Weight) else x for x in operands])
-    terms, start, total = [], 0, jnp.shape(base)[axis]
-    for part in parts:
-        size = jnp.shape(part.base if isinstance(part, Weight) else part)[axis]
-        if isinstance(part, Weight):
-            for term in part.terms[1:]:
-                terms.append(_placed(term, axis, start, size, total))
-        start += size
+    sizes = [jnp.shape(p.base if isinstance(p, Weight) else p)[axis] for p in parts]
+    total = jnp.shape(base)[axis]
+    spans = [(sum(sizes[:i]), size, total) for i, size in enumerate(sizes)]
+    of_weights = [(p, span) for p, span in zip(parts, spans, strict=True) if isinstance(p, Weight)]
     n = len(jnp.shape(base))
+    whole = Factor(base, tuple(range(n)))
+    try:
+        base_gains = _joined_gains([(w.terms[0].factors[1:], span) for w, span in of_weights], axis, n)
+        gains = _joined_gains([(w.gains, span) for w, span in of_weights], axis, n)
+    except _Declined:
+        return NotImplemented
     return [
         Weight(
-            (Term((Factor(base, tuple(range(n))),)), *terms),
+            (Term((whole, *base_gains)), *(_placed(t, axis, span) for w, span in of_weights for t in w.terms[1:])),
             tuple(jnp.shape(base)),
             base.dtype,
             tuple(frozenset().union(*(w.origins[i] for w in weights)) for i in range(n)),
             tuple(dict.fromkeys(p for w in weights for p in w.paths)),
             frozenset().union(*(w.lookups for w in weights)),
+            gains,
         )
     ]
 
 
-def _placed(term: Term, axis: int, start: int, size: int, total: int) -> Term:
+Span = tuple[int, int, int]  # where a part of a joined axis starts, its size, and the size of the axis
+
+
+def _padded(f: Factor, axis: int, span: Span, value: float) -> Factor:
+    """Extend an array along a joined axis."""
+    start, size, total = span
+    config = [(start, total - start - size, 0) if a == axis else (0, 0, 0) for a in f.axes]
+    return Factor(lax.pad(f.array, jnp.asarray(value, f.array.dtype), config), f.axes)
+
+
+def _repeated(f: Factor, axis: int, size: int) -> Factor:
+    """Let an array that is constant along an axis span it."""
+    return Factor(jnp.broadcast_to(f.array, (size, *jnp.shape(f.array))), (axis, *f.axes))
+
+
+def _placed(term: Term, axis: int, span: Span) -> Term:
     """Extend one array of a product by zeros along an axis; the others span it unchanged or not at all."""
-    widths = (start, total - start - size, 0)
-
-    def padded(f: Factor) -> Factor:
-        config = [widths if a == axis else (0, 0, 0) for a in f.axes]
-        return Factor(lax.pad(f.array, jnp.zeros((), f.array.dtype), config), f.axes)
-
     factors = list(term.factors)
     if not any(axis in f.axes for f in factors):  # constant along the axis: put it where a later reshape may join it
         neighbours = [a for f in factors for a in f.axes if a in (axis - 1, axis + 1)]
         i = next((i for i, f in enumerate(factors) if neighbours and max(neighbours) in f.axes), 0)
-        shape = (size, *jnp.shape(factors[i].array))
-        factors[i] = Factor(jnp.broadcast_to(factors[i].array, shape), (axis, *factors[i].axes))
-    return Term(tuple(padded(f) if axis in f.axes else f for f in factors), term.dropout)
+        factors[i] = _repeated(factors[i], axis, span[1])
+    return Term(tuple(_padded(f, axis, span, 0) if axis in f.axes else f for f in factors), term.dropout)
+
+
+def _joined_gains(parts: Sequence[tuple[Sequence[Factor], Span]], axis: int, n_axes: int) -> tuple[Factor, ...]:
+    """Join gains, the first of each part to one, the second to another and so on."""
+    joined = []
+    for k in range(max(len(gains) for gains, _ in parts)):
+        mine = []
+        for gains, span in parts:
+            if k < len(gains):
+                f = gains[k] if axis in gains[k].axes else _repeated(gains[k], axis, span[1])
+                order = sorted(range(len(f.axes)), key=lambda i: f.axes[i])
+                f = Factor(lax.transpose(f.array, order), tuple(f.axes[i] for i in order))
+                mine.append(_padded(f, axis, span, 1))
+        if len(mine[0].axes) == n_axes > 1 or len({f.axes for f in mine}) > 1:
+            raise _Declined
+        joined.append(Factor(functools.reduce(jnp.multiply, [f.array for f in mine]), mine[0].axes))
+    return tuple(joined)
 
 
 @_rule(compat.gather_p)
