@@ -218,21 +218,27 @@ STACK = {"qkv": (LAYERS, WIDTH, 3 * WIDTH), "out": (LAYERS, WIDTH, WIDTH), "up":
 LARGEST = 4 * WIDTH * HIDDEN  # bytes of the largest site's weight, of one layer
 
 
-def decoder(remat: bool) -> Any:
+def decoder(remat: bool, joined: bool = False) -> Any:
+    def up_and_gate(x: Any, p: Any) -> Any:
+        if joined:  # one product of two weights side by side
+            return jnp.split(x @ jnp.concatenate([p["up"], p["gate"]], 1), 2, axis=-1)
+        return x @ p["up"], x @ p["gate"]
+
     def layer(x: Any, p: Any) -> tuple[Any, None]:
         q, k, v = jnp.split(x @ p["qkv"], 3, axis=-1)
         weights = jax.nn.softmax(jnp.einsum("btd,bsd->bts", q, k))
         x = x + jnp.einsum("bts,bsd->btd", weights, v) @ p["out"]
-        return x + (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"], None
+        up, gate = up_and_gate(x, p)
+        return x + (jax.nn.silu(gate) * up) @ p["down"], None
 
     return lambda p, x: lax.scan(jax.checkpoint(layer) if remat else layer, x, p)[0]
 
 
-def training_step(method: lorax.Method, remat: bool, is_quantised: bool) -> Any:
+def training_step(method: lorax.Method, remat: bool, is_quantised: bool, joined: bool = False) -> Any:
     """A gradient step, traced from shapes alone."""
     shape = lambda *s: jax.ShapeDtypeStruct(s, "float32")
     params, x = {n: shape(*s) for n, s in STACK.items()}, shape(BATCH, LENGTH, WIDTH)
-    fn = decoder(remat)
+    fn = decoder(remat, joined)
     sites = lorax.trace(fn, params, x)
     if is_quantised:
         params = lorax.quantize(params, {".*": lorax.NF4()}, sites=sites)
@@ -271,12 +277,13 @@ def test_no_more_than_a_site_is_held_dequantised(method: lorax.Method, remat: bo
     assert held[False] - held[True] > 0.8 * base
 
 
+@pytest.mark.parametrize("joined", [False, True], ids=["", "joined"])
 @pytest.mark.parametrize("remat", [False, True], ids=["kept", "remat"])
-def test_a_scan_saves_no_dequantised_weight_for_its_backward_pass(remat: bool) -> None:
+def test_a_scan_saves_no_dequantised_weight_for_its_backward_pass(remat: bool, joined: bool) -> None:
     """What a scan stacks for later is an output of it: none is of a weight's size behind the layers' axis."""
-    weights = {int(np.prod(s[1:])) for s in STACK.values()}
+    weights = {int(np.prod(s[1:])) for s in STACK.values()} | {2 * WIDTH * HIDDEN}
     for method in (lorax.LoRA(rank=4), lorax.DoRA(rank=4), lorax.VeRA(rank=4), lorax.LoHa(rank=2)):
-        scans = [e for e in equations(training_step(method, remat, True).jaxpr) if e.primitive.name == "scan"]
+        scans = [e for e in equations(training_step(method, remat, True, joined).jaxpr) if e.primitive.name == "scan"]
         assert scans
         saved = {int(np.prod(v.aval.shape[1:])) for e in scans for v in e.outvars}
         assert not saved & weights, method

@@ -35,6 +35,36 @@ class Step:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Combined:
+    """What an equation makes of several quantised weights, such as their concatenation, in the place of a node."""
+
+    values: tuple[Any, ...]  # the equation's operands
+    step: Step = dataclasses.field(metadata={"static": True})
+    stack: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})  # no axes to slice it along
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the result."""
+        return self.step.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the result."""
+        return self.step.dtype
+
+    @property
+    def codes(self) -> Any:
+        """The first array of codes."""
+        return next(witness(x) for x in self.values if isinstance(x, Deferred))
+
+    def dequantize(self) -> Any:
+        """Return the result."""
+        (x,) = compat.bind(self.step, [force(x) for x in self.values])
+        return x
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Deferred:
     """A quantised node and the equations that turn what it stands for into the weight in its present layout."""
 
@@ -92,15 +122,16 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
         rest = iter(compat.bind(eqn, plain) if (plain := [x for x in values if not isinstance(x, Deferred)]) else ())
         return [x if isinstance(x, Deferred) else next(rest) for x in values]
     items = tuple(eqn.params.items())
-    if len(at) > 1 or len(eqn.outvars) > 1 or not _is_hashable(items):
+    if len(eqn.outvars) > 1 or not _is_hashable(items):
         return compat.bind(eqn, [force(x) for x in values])
-    (i,) = at
+    i, out = at[0], eqn.outvars[0].aval
+    step = Step(eqn.primitive, items, i, len(values) - 1, tuple(out.shape), out.dtype)
+    if len(at) > 1:
+        return [Deferred(Combined(tuple(values), step))]
     others = [*values[:i], *values[i + 1 :]]
     base = values[i]
     if (sliced := _of_the_stack(eqn, base, others)) is not None:
         return [sliced]
-    out = eqn.outvars[0].aval
-    step = Step(eqn.primitive, items, i, len(others), tuple(out.shape), out.dtype)
     return [Deferred(base.node, (*base.operands, *others), (*base.steps, step))]
 
 

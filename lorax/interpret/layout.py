@@ -342,12 +342,14 @@ def _stack(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
 
 
 def _with_axis(x: Any, axis: int) -> Any:
+    """Give a weight an axis of size one; what becomes of its base is told by the shape alone."""
+    expand = lambda x: lax.expand_dims(x, (axis,))
     if not isinstance(x, Weight):
-        return lax.expand_dims(x, (axis,))
+        return jax.eval_shape(expand, x)
     new = {i: i + (i >= axis) for i in range(len(x.shape))}
     origins = (*x.origins[:axis], frozenset(), *x.origins[axis:])
     partial = [_relabelled(f, new) for f in x.partial_factors()]
-    return rebuild(x, lax.expand_dims(deferred.force(x.base), (axis,)), partial, origins=origins)
+    return rebuild(x, jax.eval_shape(expand, jax.ShapeDtypeStruct(x.shape, x.dtype)), partial, origins=origins)
 
 
 @_rule(compat.concatenate_p)
@@ -364,12 +366,12 @@ def _joined(ctx: Any, eqn: Any, parts: Sequence[Any], operands: Sequence[Any], a
     weights = [p for p in parts if isinstance(p, Weight)]
     if any(w.outputs for w in weights) or (ctx.tracing and not all(ctx.fixed)):
         return NotImplemented
-    (base,) = compat.bind(eqn, [deferred.force(x.base) if isinstance(x, Weight) else x for x in operands])
-    sizes = [jnp.shape(p.base if isinstance(p, Weight) else p)[axis] for p in parts]
-    total = jnp.shape(base)[axis]
+    (base,) = deferred.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
+    sizes = [p.shape[axis] for p in parts]
+    total = base.shape[axis]
     spans = [(sum(sizes[:i]), size, total) for i, size in enumerate(sizes)]
     of_weights = [(p, span) for p, span in zip(parts, spans, strict=True) if isinstance(p, Weight)]
-    n = len(jnp.shape(base))
+    n = base.ndim
     whole = Factor(base, tuple(range(n)))
     try:
         base_gains = _joined_gains([(w.terms[0].factors[1:], span) for w, span in of_weights], axis, n)
@@ -379,7 +381,7 @@ def _joined(ctx: Any, eqn: Any, parts: Sequence[Any], operands: Sequence[Any], a
     return [
         Weight(
             (Term((whole, *base_gains)), *(_placed(t, axis, span) for w, span in of_weights for t in w.terms[1:])),
-            tuple(jnp.shape(base)),
+            tuple(base.shape),
             base.dtype,
             tuple(frozenset().union(*(w.origins[i] for w in weights)) for i in range(n)),
             tuple(dict.fromkeys(p for w in weights for p in w.paths)),
