@@ -50,8 +50,8 @@ def adapt(fn: Callable[..., Any], *, strict: bool = False) -> Callable[..., Any]
 
     Returns:
       The adapted function. In place of the adapter `None` stands for none: quantised params are used as they are. The
-      keyword `rng` (a PRNG key) turns on the adapter's own dropout, and is handed on where
-      `fn` itself has a parameter of that name; the adapter draws from a stream of its own.
+      keyword `rng` (a PRNG key) turns on the adapter's own dropout, and is handed on where `fn` itself has a parameter
+      of that name; the adapter draws from a stream of its own.
 
     Raises:
       TypeError: when called: the second argument is no adapter.

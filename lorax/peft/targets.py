@@ -15,9 +15,9 @@ ALL_LINEAR = "all-linear"
 NOTHING = "dummy-target-modules"
 # Output layers, which "all-linear" leaves out: of language models by their name, of classifiers by theirs.
 _OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer", "cls.predictions.decoder", "generator_lm_head")
-_CLASSIFIER_HEADS = ("score", "classifier")
+CLASSIFIER_HEADS = ("score", "classifier")
 # What PEFT adds to `modules_to_save` for a task, whether the config names it or not.
-_SAVED_BY_TASK = {"SEQ_CLS": _CLASSIFIER_HEADS, "TOKEN_CLS": _CLASSIFIER_HEADS, "QUESTION_ANS": ("qa_outputs",)}
+_SAVED_BY_TASK = {"SEQ_CLS": CLASSIFIER_HEADS, "TOKEN_CLS": CLASSIFIER_HEADS, "QUESTION_ANS": ("qa_outputs",)}
 _TIED_BY_PEFT = ("embed_tokens", "lm_head")  # the last words of the modules that `ensure_weight_tying` is for
 # What PEFT fills in where target_modules is null: by architecture, which a directory does not name.
 _BY_ARCHITECTURE = (
@@ -107,7 +107,7 @@ def selected(config: Config, candidates: Mapping[str, str], found: Collection[st
     """
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        heads = _OUTPUT_LAYERS if config.task_type != "SEQ_CLS" else (*_OUTPUT_LAYERS, *_CLASSIFIER_HEADS)
+        heads = _OUTPUT_LAYERS if config.task_type != "SEQ_CLS" else (*_OUTPUT_LAYERS, *CLASSIFIER_HEADS)
         every = [m for m, kind in candidates.items() if kind == "linear" and not ends_with(m, heads)]
         return [m for m in every if not is_excluded(config, m)], None
     if targets is None and config.target_parameters is None:

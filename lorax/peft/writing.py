@@ -341,7 +341,7 @@ class _Writer:
 def _task_type(table: Table) -> str | None:
     """Return PEFT's word for a language model, whose body and head make one module, or None."""
     known = table.modules
-    is_classifier = any(targets.ends_with(m, ("score", "classifier")) for m in known)
+    is_classifier = any(targets.ends_with(m, targets.CLASSIFIER_HEADS) for m in known)
     is_language_model = any(m in known for m in ("lm_head", "model.embed_tokens"))
     return "CAUSAL_LM" if is_language_model and not is_classifier else None
 
