@@ -12,7 +12,7 @@ import numpy as np
 from lorax import compat, paths
 from lorax.adapter import Adapter, base_leaves
 from lorax.interpret.contraction import dense
-from lorax.interpret.weight import rebuild
+from lorax.interpret.weight import promoted, rebuild
 
 
 def merge(params: Any, adapter: Adapter) -> Any:
@@ -106,9 +106,9 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
         # W' = g∘W + Δ: the update alone is the weight at W = 0.
         gains, update = weight.terms[0].factors[1:], weight.terms[1:]
         zero = rebuild(
-            weight, jnp.zeros_like(weight.base, jnp.promote_types(weight.dtype, jnp.float32)), weight.partial_factors()
+            weight, jnp.zeros_like(weight.base, promoted(weight.dtype, jnp.float32)), weight.partial_factors()
         )
-        base = leaves[path] - (dense(zero) if update else 0)
+        base = leaves[path].astype(zero.dtype) - (dense(zero) if update else 0)
         if gains:
             ones = rebuild(weight, jnp.ones_like(zero.base), weight.partial_factors())
             base = base / (dense(ones) - dense(zero))

@@ -21,6 +21,8 @@ from tests.agreement import (
     equations,
     how,
     normal,
+    run,
+    value_and_grads,
 )
 
 PHASES = (Phase.explicit, Phase.generate)  # examples are small already, and shrinking compiles hundreds
@@ -182,6 +184,41 @@ def test_a_float8_weight_is_multiplied_in_bfloat16_at_least() -> None:
     got = lorax.adapt(fn)(params, adapter, x)
     assert got.dtype == jnp.bfloat16
     assert_close(got.astype(jnp.float32), want, BF16_TOL)
+
+
+NARROW = jnp.float8_e4m3fn
+NARROW_TOL = 8e-2  # float8_e4m3fn keeps 4 bits
+METHODS = {"LoRA": lorax.LoRA(rank=2), "DoRA": lorax.DoRA(rank=2), "IA3": lorax.IA3(), "VeRA": lorax.VeRA(rank=2)}
+INTO_FLOAT32 = {
+    "cast": lambda p, x: x @ p["w"].astype(jnp.float32),
+    "as it is": lambda p, x: lax.dot_general(
+        x.astype(NARROW), p["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    ),
+}
+
+
+@pytest.mark.parametrize("use", INTO_FLOAT32)
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_on_a_float8_weight(method: str, use: str) -> None:
+    """Which JAX promotes with nothing: a merged weight is float8 again, and an adapted product is not."""
+    fn = INTO_FLOAT32[use]
+    params, x = {"w": normal(1, 8, 6).astype(NARROW)}, normal(2, 3, 8).astype(NARROW).astype(jnp.float32)
+    adapter = adapter_for(fn, params, x, method=METHODS[method])
+    assert how(fn, params, adapter, x) == {"w": "factored"}
+    wide = {"w": params["w"].astype(jnp.float32)}
+    want = run(lambda a: value_and_grads(lambda a, x: x @ lorax.merge(wide, a)["w"], a, x), adapter)
+    got = run(lambda a: value_and_grads(lambda a, x: lorax.adapt(fn)(params, a, x), a, x), adapter)
+    if use == "cast":  # the products of DoRA's norm are in bfloat16 there
+        assert_close(got, want, BF16_TOL / 10 if method == "DoRA" else F32_TOL)
+    else:  # as all thin products are here
+        assert_close(got[0], want[0], BF16_TOL)
+    merged = lorax.merge(params, adapter)["w"]
+    assert merged.dtype == NARROW
+    assert_close(merged.astype(jnp.float32), lorax.merge(wide, adapter)["w"], NARROW_TOL)
+    if method != "DoRA":
+        unmerged = lorax.unmerge({"w": merged}, adapter)["w"]
+        assert unmerged.dtype == NARROW
+        assert_close(unmerged.astype(jnp.float32), wide["w"], 2 * NARROW_TOL)
 
 
 # Convolutions.

@@ -13,7 +13,7 @@ from jax import lax
 
 from lorax import compat
 from lorax.interpret.deferred import Deferred
-from lorax.interpret.weight import Factor, Label, Part, Weight, cast, in_parts, rebuild, sizes_in_parts
+from lorax.interpret.weight import Factor, Label, Part, Weight, cast, in_parts, promoted, rebuild, sizes_in_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def dense(weight: Weight) -> Any:
         specs = {"mesh": base_specs["mesh"]} if base_specs and cuts else base_specs
         first = max(term.factors, key=lambda f: len(f.axes))
         rest = sorted((f for f in term.factors if f is not first), key=lambda f: len(f.axes))  # scalars first
-        dtype = functools.reduce(jnp.promote_types, [f.array.dtype for f in term.factors])
+        dtype = promoted(*(f.array.dtype for f in term.factors))
         start = cast(first.array if specs is None else laid_out(first.array, first.axes, specs), dtype)
         rest = [Factor(cast(f.array, dtype), f.axes) for f in rest]
         x, x_axes = absorb(start, first.axes, rest, (), precision=lax.Precision.HIGHEST, specs=specs)

@@ -23,7 +23,7 @@ from lorax.interpret.context import Context, Use
 from lorax.interpret.contraction import absorb, arrange, axis_specs, dense, laid_out
 from lorax.interpret.deferred import Deferred, force, witness
 from lorax.interpret.evaluate import densify
-from lorax.interpret.weight import Factor, Output, Part, Term, Weight, cast, in_parts, sizes_in_parts
+from lorax.interpret.weight import Factor, Output, Part, Term, Weight, cast, in_parts, promoted, sizes_in_parts
 
 RULES: dict[Any, Any] = {}
 
@@ -31,7 +31,7 @@ RULES: dict[Any, Any] = {}
 def compute_dtype(weight: Weight, x: Any) -> Any:
     """The dtype of the thin products: the weight's own after the function's casts; never below 16 bits."""
     dtype = jnp.dtype(weight.dtype)
-    return dtype if dtype.itemsize >= 2 else jnp.promote_types(x.dtype, jnp.bfloat16)
+    return dtype if dtype.itemsize >= 2 else promoted(x.dtype, jnp.bfloat16)
 
 
 def _cast(f: Factor, dtype: Any) -> Factor:
@@ -218,14 +218,14 @@ def rescale(y: Any, gain: Any) -> Any:
     `Σ ct∘y`: of an elementwise product and a sum, XLA keeps a further copy of the output from the forward pass on (a
     quarter more temporary memory of a decoder's step). In a scan `residuals` sees to what is kept.
     """
-    return cast(cast(y, jnp.promote_types(y.dtype, gain.dtype)) * gain, y.dtype)
+    return cast(cast(y, promoted(y.dtype, gain.dtype)) * gain, y.dtype)
 
 
 @rescale.defjvp
 def _rescale_jvp(primals: Any, tangents: Any) -> Any:
     (y, gain), (dy, dgain) = primals, tangents
     y = residuals.kept(y)
-    wide = jnp.promote_types(y.dtype, gain.dtype)
+    wide = promoted(y.dtype, gain.dtype)
     change = _by_columns(cast(y, wide), cast(dgain, wide))
     return rescale(y, gain), cast(cast(dy, wide) * gain + change, y.dtype)
 

@@ -13,6 +13,7 @@ string a bond that is summed over, a tuple a free axis of an activation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -260,6 +261,12 @@ def in_parts(labels: Sequence[Label], cuts: Mapping[int, tuple[int, int]]) -> tu
 def cast(x: Any, dtype: Any) -> Any:
     """Convert an array's dtype, without an equation where there is nothing to do."""
     return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
+
+
+def promoted(*dtypes: Any) -> Any:
+    """Return the dtype to compute in: JAX's promotion, to which 8-bit floats, that have none, come as bfloat16."""
+    is_narrow = lambda dtype: jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 2
+    return functools.reduce(jnp.promote_types, [jnp.bfloat16 if is_narrow(d) else d for d in dtypes])
 
 
 def sizes_in_parts(axes: Sequence[Label], shape: Sequence[int], cuts: Mapping[int, tuple[int, int]]) -> list[int]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lorax.interpret.contraction import absorb, arrange, axis_specs
-from lorax.interpret.weight import Expression, Factor, cast
+from lorax.interpret.weight import Expression, Factor, cast, promoted
 from lorax.methods.base import Arrays, base_values, register
 from lorax.methods.lowrank import LowRank
 from lorax.paths import is_quantized
@@ -52,7 +52,7 @@ class DoRA(LowRank):
         norms = lambda w, w_axes: _squared_norm(w, w_axes, site.fan_in)
         squared = _by_layer(norms, base_values(site, base), axes, site.stack)
         squared = arrange(squared, *_order(site), site.dims("SO"))
-        magnitude = jnp.sqrt(squared).astype(jnp.promote_types(self.dtype, jnp.float32))
+        magnitude = jnp.sqrt(squared).astype(promoted(self.dtype, jnp.float32))
         return {**trained, "magnitude": magnitude}, {**fixed, "squared_norm": squared}
 
     def derive(self, site: Site, base: Any, arrays: Mapping[str, Any]) -> Arrays:
@@ -106,6 +106,7 @@ def _squared_norm(w: Any, w_axes: Sequence[int], fan_in: Collection[int]) -> jax
 
 def _cross(w: Any, w_axes: Sequence[int], fan_in: Collection[int], a: Factor, b: Factor) -> jax.Array:
     """`Σ (WᵀA)∘Bᵀ` over fan-in and rank, the other axes in the leaf's order, float32."""
+    w = cast(w, promoted(w.dtype))
     specs = axis_specs((w, w_axes))
     wa, axes = absorb(w, w_axes, [Factor(cast(a.array, w.dtype), a.axes)], fan_in, accumulate=jnp.float32, specs=specs)
     x, axes = absorb(wa, axes, [Factor(cast(b.array, wa.dtype), b.axes)], (), specs=specs)
