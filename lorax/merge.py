@@ -12,7 +12,7 @@ import numpy as np
 from lorax import compat, paths
 from lorax.adapter import Adapter, base_leaves
 from lorax.interpret.contraction import dense
-from lorax.interpret.weight import promoted, rebuild
+from lorax.interpret.weight import Factor, Weight, promoted
 
 
 def merge(params: Any, adapter: Adapter) -> Any:
@@ -103,17 +103,20 @@ def unmerge(merged: Any, adapter: Adapter) -> Any:
         kinds = sorted({type(m).__name__ for _, m in adapter.plan.entries if not m.is_invertible})
         raise ValueError(f"{', '.join(kinds)} cannot be unmerged, at {', '.join(lost)}: keep the base instead")
     for path, weight in weights.items():
-        # W' = g∘W + Δ: the update alone is the weight at W = 0.
-        gains, update = weight.terms[0].factors[1:], weight.terms[1:]
-        zero = rebuild(
-            weight, jnp.zeros_like(weight.base, promoted(weight.dtype, jnp.float32)), weight.partial_factors()
-        )
-        base = leaves[path].astype(zero.dtype) - (dense(zero) if update else 0)
-        if gains:
-            ones = rebuild(weight, jnp.ones_like(zero.base), weight.partial_factors())
-            base = base / (dense(ones) - dense(zero))
+        # W' = g∘W + Δ: the update alone is the weight at W = 0, and with the gain the weight at W = 1.
+        dtype = promoted(weight.dtype, jnp.float32)
+        at_zero = dense(_with_base(weight, jnp.zeros_like(weight.base, dtype)))
+        base = leaves[path].astype(dtype) - (at_zero if weight.terms[1:] else 0)
+        if sum(f.array is weight.base for f in weight.factors()) > 1 or weight.terms[0].factors[1:] or weight.gains:
+            base = base / (dense(_with_base(weight, jnp.ones_like(weight.base, dtype))) - at_zero)
         leaves[path] = base.astype(leaves[path].dtype)
     return jax.tree.unflatten(tree, list(leaves.values()))
+
+
+def _with_base(weight: Weight, base: Any) -> Weight:
+    """Return the weight with another base, wherever the method's expression has it."""
+    factors = [Factor(base, f.axes) if f.array is weight.base else f for f in weight.factors()]
+    return weight.with_factors(factors, dtype=base.dtype)
 
 
 def _refuse_unmergeable(adapter: Adapter) -> None:

@@ -136,6 +136,25 @@ def test_fori_loop_over_layers_has_reverse_mode() -> None:
     assert adapter.params["w"]["a"].shape == (L, D, 2)
 
 
+def test_a_while_loop_under_vmap_ends_for_each_member_by_itself() -> None:
+    """What vmap makes of one has a condition a member."""
+
+    def one(p: Any, x: Any) -> Any:
+        cond = lambda s: (s[0] < 4) & (jnp.sum(s[1] @ p["w"]) < 1.0)
+        return lax.while_loop(cond, lambda s: (s[0] + 1, jnp.tanh(s[1] @ p["w"] @ p["o"])), (0, x))
+
+    fn = lambda p, x: jax.vmap(lambda x: one(p, x))(x)
+    params, x = {"w": normal(1, D, 5), "o": normal(2, 5, D)}, normal(9, 6, D, scale=1.0)
+    adapter = adapter_for(fn, params, x)
+    assert set(how(fn, params, adapter, x).values()) == {"factored"}
+    merged = lorax.merge(params, adapter)
+    counts, want = jnp.stack([one(merged, row)[0] for row in x]), jnp.stack([one(merged, row)[1] for row in x])
+    assert len(set(counts.tolist())) > 2, counts
+    for got in (lorax.adapt(fn)(params, adapter, x), jax.vmap(lambda x: lorax.adapt(one)(params, adapter, x))(x)):
+        assert got[0].tolist() == counts.tolist()
+        assert_close(got[1], want)
+
+
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_switch_with_weights_of_its_branches(index: int) -> None:
     def fn(p: Any, x: Any, i: Any) -> Any:

@@ -23,6 +23,7 @@ from tests.agreement import (
     how,
     normal,
     run,
+    value_and_grads,
 )
 
 EXACT = 1e-6
@@ -419,7 +420,52 @@ class GainsOnBothSides(lorax.Method):
         return into * w * out
 
 
-OWN = [GainedLoRA(rank=3), InputScale(), ThreeFactors(), GainsOnBothSides()]
+@lorax.register
+class Hadamard(lorax.Method):
+    """`W + W∘(A·B)`, as in HiRA: a term that holds the base too."""
+
+    arrays = {"a": "SIR", "b": "SRO"}
+
+    def init(self, key: jax.Array, site: lorax.Site, base: Any) -> Any:
+        trained = {"a": jnp.zeros(site.dims("SIR", R=2))}
+        return trained, {"b": jax.random.normal(key, site.dims("SRO", R=2))}
+
+    def weight(self, w: Any, *, a: Any, b: Any) -> Any:
+        return w + w * (a @ b)
+
+
+@lorax.register
+class GainOfWeights(lorax.Method):
+    """`W∘(A·B)`: a gain as large as the weight."""
+
+    arrays = {"a": "SIR", "b": "SRO"}
+
+    def init(self, key: jax.Array, site: lorax.Site, base: Any) -> Any:
+        dims = [site.dims(side, R=2) for side in ("SIR", "SRO")]
+        return {"a": jnp.full(dims[0], 0.5), "b": jnp.ones(dims[1])}, {}
+
+    def weight(self, w: Any, *, a: Any, b: Any) -> Any:
+        return w * (a @ b)
+
+
+@lorax.register
+class GainOfFactors(lorax.Method):
+    """`o∘(W∘i)` with the gain of the outputs `o = Σ cᵣ·dᵣ` itself a product, and applied to the sum."""
+
+    arrays = {"c": "SRO", "d": "R", "into": "SI"}
+
+    def init(self, key: jax.Array, site: lorax.Site, base: Any) -> Any:
+        ones = jnp.ones(site.dims("SRO", R=2))
+        return {"c": ones, "d": jnp.full(2, 0.5), "into": jnp.ones(site.dims("SI"))}, {}
+
+    def weight(self, w: Any, *, c: Any, d: Any, into: Any) -> Any:
+        return (w * into).rescaled(c @ d)
+
+
+OWN = [
+    *(GainedLoRA(rank=3), InputScale(), ThreeFactors(), GainsOnBothSides()),
+    *(Hadamard(), GainOfWeights(), GainOfFactors()),
+]
 
 
 def several(p: Any, ids: Any) -> Any:
@@ -503,6 +549,26 @@ def test_gains_on_both_sides_by_hand() -> None:
     into, out = adapter.params["w"]["into"], adapter.params["w"]["out"]
     assert_close(lorax.adapt(fn)(params, adapter, x), ((x * into) @ params["w"]) * out)
     assert how(fn, params, adapter, x) == {"w": "factored"}
+
+
+def joined(p: Any, x: Any) -> Any:
+    """Side by side, below each other, stacked and scanned."""
+    y = x @ jnp.concatenate([p["q"], p["k"], p["frozen"]], 1) @ jnp.concatenate([p["v"], p["q"].T, p["frozen"].T])
+    return lax.scan(lambda y, w: (jnp.tanh(y @ w), None), y, jnp.stack([p["k"], p["frozen"], p["v"]]))[0]
+
+
+@pytest.mark.parametrize("stored", ["float32", "NF4"])
+@pytest.mark.parametrize("method", OWN, ids=lambda m: type(m).__name__)
+def test_a_method_from_outside_on_joined_and_quantised_weights(method: Any, stored: str) -> None:
+    params = {name: normal(i, 4, 4) for i, name in enumerate(("q", "k", "v", "frozen"))}
+    x = normal(5, 3, 4)
+    sites = lorax.trace(joined, params, x)
+    base = lorax.quantize(params, {"[qv]": lorax.NF4()}, sites=sites) if stored == "NF4" else params
+    adapter = adapter_for(joined, params, x, method=method, only="[qkv]")
+    plain = lorax.dequantize(base)
+    got = run(lambda a, x: value_and_grads(lambda a, x: lorax.adapt(joined)(base, a, x), a, x), adapter, x)
+    want = run(lambda a, x: value_and_grads(lambda a, x: joined(lorax.merge(plain, a), x), a, x), adapter, x)
+    assert_close(got, want, 5 * F32_TOL)
 
 
 @pytest.mark.parametrize("method", OWN, ids=lambda m: type(m).__name__)

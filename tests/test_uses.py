@@ -343,6 +343,20 @@ def test_ragged_products_in_any_layout_of_the_weight(layout: str) -> None:
     assert_agrees(fn, params, adapter, *args)
 
 
+def test_gains_of_joined_groups_along_both_sides_are_right_and_materialised() -> None:
+    """Side by side, weights whose inputs are scaled have a gain for each input and each part of the outputs."""
+
+    def fn(p: Any, x: Any) -> Any:
+        shared = [jnp.broadcast_to(p[name], (3, 4, 6)) for name in "ab"]
+        return lax.ragged_dot(x, jnp.concatenate(shared, 2), jnp.array([2, 0, 5]))
+
+    params, x = {"a": normal(1, 4, 6), "b": normal(2, 4, 6)}, normal(3, 7, 4)
+    for on, word in (("input", "materialised"), ("output", "factored")):
+        adapter = adapter_for(fn, params, x, method=lorax.IA3(on=on))
+        assert how(fn, params, adapter, x) == {"a": word, "b": word}
+        assert_agrees(fn, params, adapter, x)
+
+
 def test_ragged_dot_in_bfloat16_keeps_its_dtype() -> None:
     fn = lambda p, x, sizes: lax.ragged_dot(x, p["w"], sizes, preferred_element_type=jnp.float32)
     params = {"w": normal(1, 3, 4, 6, dtype=jnp.bfloat16)}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lorax import compat
@@ -141,9 +142,15 @@ def while_loop(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         it = iter(moving)
         return [x if keep else next(it) for x, keep in zip(carried, fixed, strict=True)]
 
-    def cond(state: Any) -> Any:
+    def goes_on(moving: Sequence[Any]) -> Any:
+        """Under vmap, one answer for each of its members: what runs is the loop of the last to end."""
         inner = ctx.inside(None)
-        return densify(inner, evaluate(eqn.params["cond_jaxpr"], [*cond_consts, *whole(state[0])], inner)[0], "while")
+        return densify(inner, evaluate(eqn.params["cond_jaxpr"], [*cond_consts, *whole(moving)], inner)[0], "while")
+
+    is_batched = bool(compat.open_jaxpr(eqn.params["cond_jaxpr"])[0].outvars[0].aval.shape)
+
+    def cond(state: Any) -> Any:
+        return jnp.any(goes_on(state[0])) if is_batched else goes_on(state[0])
 
     def body(state: Any) -> Any:
         moving, key = state
@@ -151,6 +158,10 @@ def while_loop(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         inner = ctx.inside(here)
         outs = evaluate(eqn.params["body_jaxpr"], [*body_consts, *whole(moving)], inner)
         moved = [densify(inner, x, "while's carry") for x, keep in zip(outs, fixed, strict=True) if not keep]
+        if is_batched:
+            members = goes_on(moving)
+            lead = lambda x: lax.broadcast_in_dim(members, x.shape, range(members.ndim))
+            moved = [lax.select(lead(x), x, old) for x, old in zip(moved, moving, strict=True)]
         return moved, key
 
     moving = [x for x, keep in zip(carried, fixed, strict=True) if not keep]

@@ -44,7 +44,8 @@ def convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     dtype = compute_dtype(weight, x)
     (out,) = eqn.outvars
     for term in weight.terms[1:]:
-        if not any(_convolves(f, sized, out_axis) for f in term.factors):
+        first = next((f for f in term.factors if _convolves(f, sized, out_axis)), None)
+        if first is None or any(f is not first and not set(contracted).isdisjoint(f.axes) for f in term.factors):
             return NotImplemented
     if any(set(f.axes) - {out_axis} for f in (*weight.terms[0].factors[1:], *weight.gains)):
         return NotImplemented

@@ -35,6 +35,8 @@ def ragged_dot(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     plain = tuple(x_contract) == (x.ndim - 1,) == (1,)
     if len(terms) < len(weight.terms) - 1 or weight.outputs or not (plain or weight.is_bare):
         return NotImplemented
+    if not weight.has_gains_within([k], [n]):
+        return NotImplemented
     dtype = compute_dtype(weight, x)
     rows = _Rows(x.shape[0], sizes, g, numbers.lhs_ragged_dimensions, eqn.params["precision"])
     base_gains = weight.terms[0].factors[1:]

@@ -97,9 +97,8 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     if weight.is_plain:
         return compat.bind(eqn, [weight.base if i == side else x for i in range(2)])
     free = [a for a in range(weight.ndim) if a not in (*contract[side], *batch[side])]
-    gains = (*weight.terms[0].factors[1:], *weight.gains)
-    if any(not set(contract[side]).isdisjoint(f.axes) and not set(free).isdisjoint(f.axes) for f in gains):
-        return NotImplemented  # which scales neither what enters nor what leaves
+    if not weight.has_gains_within(contract[side], free):
+        return NotImplemented  # one that scales neither what enters nor what leaves
     labels, y_labels, block = _labels(side, numbers, len(x.shape), weight.ndim)
     is_split = compat.is_partitioned(x) or compat.is_partitioned(witness(weight.base))
     thin, thin_labels, wanted = (x, labels, y_labels) if is_split else _as_rows(ctx, x, labels, y_labels, block)

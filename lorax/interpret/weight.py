@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lorax.interpret.deferred import Deferred
+from lorax.interpret.deferred import Deferred, force
 
 Label = Any
 Origin = frozenset[tuple[str, int]]  # (leaf path, axis of that leaf)
@@ -199,6 +199,12 @@ class Weight:
         """Return the axes that some array spans a part of, and the sizes of their parts."""
         return {a.axis: a.sizes for f in self.factors() for a in f.axes if isinstance(a, Part)}
 
+    def has_gains_within(self, *sides: Iterable[int]) -> bool:
+        """Tell whether each gain varies within one of several sets of axes, such as those that a use contracts."""
+        sides = [set(side) for side in sides]
+        gains = (*self.terms[0].factors[1:], *self.gains)
+        return all(sum(not side.isdisjoint(f.axes) for side in sides) < 2 for f in gains)
+
     def settled(self) -> Weight:
         """Return the weight with what its method makes of the base."""
         if self.pending is None:
@@ -221,17 +227,39 @@ def leaf_weight(path: str, base: Any, expression: Expression, outputs: tuple[Out
     at, i = whole[0]
     first = terms.pop(at)
     factors = list(first.factors)
-    head = Term((Factor(cast(factors.pop(i).array, base.dtype), axes), *factors), first.dropout)
+    head = Factor(cast(factors.pop(i).array, base.dtype), axes)
     return Weight(
-        (head, *terms),
+        (
+            Term((head, *_as_gains(factors)), first.dropout),
+            *(Term(tuple(map(_forced, t.factors)), t.dropout) for t in terms),
+        ),
         tuple(base.shape),
         base.dtype,
         tuple(frozenset({(path, i)}) for i in axes),
         (path,),
         frozenset(),
-        expression.gains,
+        _as_gains(expression.gains),
         outputs,
     )
+
+
+def _forced(f: Factor) -> Factor:
+    """Dequantise a base that stands elsewhere than first in a sum of products."""
+    return Factor(force(f.array), f.axes)
+
+
+def _as_gains(factors: Sequence[Factor]) -> tuple[Factor, ...]:
+    """Sum what multiplies a whole weight over its bonds, so that each gain is an array over axes of the weight."""
+    is_bound = lambda f: any(isinstance(a, str) for a in f.axes)
+    vectors = [_forced(f) for f in factors if not is_bound(f)]
+    bound = [_forced(f) for f in factors if is_bound(f)]
+    if not bound:
+        return tuple(vectors)
+    labels = list(dict.fromkeys(a for f in bound for a in f.axes))
+    free = [a for a in labels if not isinstance(a, str)]
+    operands = [x for f in bound for x in (f.array, [labels.index(a) for a in f.axes])]
+    gain = jnp.einsum(*operands, [labels.index(a) for a in free], precision=lax.Precision.HIGHEST)
+    return (*vectors, Factor(gain, tuple(free)))
 
 
 def quantized_weight(path: str, node: Any) -> Weight:
