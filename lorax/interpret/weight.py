@@ -199,11 +199,10 @@ class Weight:
         """Return the axes that some array spans a part of, and the sizes of their parts."""
         return {a.axis: a.sizes for f in self.factors() for a in f.axes if isinstance(a, Part)}
 
-    def has_gains_within(self, *sides: Iterable[int]) -> bool:
+    def has_gains_within(self, *sides: Sequence[int]) -> bool:
         """Tell whether each gain varies within one of several sets of axes, such as those that a use contracts."""
-        sides = [set(side) for side in sides]
         gains = (*self.terms[0].factors[1:], *self.gains)
-        return all(sum(not side.isdisjoint(f.axes) for side in sides) < 2 for f in gains)
+        return all(sum(not set(side).isdisjoint(f.axes) for side in sides) < 2 for f in gains)
 
     def settled(self) -> Weight:
         """Return the weight with what its method makes of the base."""
