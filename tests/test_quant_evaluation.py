@@ -12,7 +12,9 @@ from jax import lax
 
 import lorax
 from tests.agreement import (
+    F32_TOL,
     abstract,
+    adapter_for,
     assert_close,
     assert_identical,
     equations,
@@ -293,6 +295,37 @@ def test_a_scan_saves_no_dequantised_weight_for_its_backward_pass(remat: bool, j
     jaxpr = jax.make_jaxpr(jax.grad(plain))(jnp.ones((2, WIDTH)))
     kept = {int(np.prod(v.aval.shape[1:])) for e in equations(jaxpr) if e.primitive.name == "scan" for v in e.outvars}
     assert WIDTH * HIDDEN in kept
+
+
+LAYER_BY_LAYER = {
+    "unstack": lambda p, x: functools.reduce(lambda x, w: jnp.tanh(x @ w), jnp.unstack(p["w"]), x),
+    "unstack of one": lambda p, x: x @ jnp.unstack(p["w"][1:2])[0],
+    "unstack of what was stacked": lambda p, x: x @ sum(jnp.unstack(jnp.stack([p["w"][0]]))),
+    "split": lambda p, x: functools.reduce(lambda x, w: jnp.tanh(x @ w[0]), jnp.split(p["w"], 3), x),
+    "split and scanned": lambda p, x: functools.reduce(
+        lambda x, w: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], jnp.split(p["w"], [1]), x
+    ),
+}
+
+
+@pytest.mark.parametrize("reading", LAYER_BY_LAYER)
+@pytest.mark.parametrize("method", ["LoRA", "DoRA"])
+def test_a_quantised_stack_is_taken_apart_as_it_is(method: str, reading: str) -> None:
+    """Each layer is dequantised at its use, and the stack never."""
+    fn, params, x = LAYER_BY_LAYER[reading], {"w": normal(1, 3, 64, 64)}, normal(2, 2, 64)
+    sites = lorax.trace(fn, params, x)
+    base = lorax.quantize(params, {"w": lorax.NF4()}, sites=sites)
+    adapter = adapter_for(fn, params, x, method=METHODS[method])
+    plain = lorax.dequantize(base)
+    got = run(lambda a, x: value_and_grads(lambda a, x: lorax.adapt(fn)(base, a, x), a, x), adapter, x)
+    want = run(lambda a, x: value_and_grads(lambda a, x: fn(lorax.merge(plain, a), x), a, x), adapter, x)
+    assert_close(got, want, 5 * F32_TOL)
+    assert_close(lorax.adapt(fn)(base, None, x), fn(plain, x))
+    if method == "LoRA":  # DoRA's norm of a stack that is no scan's is taken of each layer in turn
+        found = equations(jax.make_jaxpr(lorax.adapt(fn))(base, adapter, x))
+        is_float = lambda v: jnp.issubdtype(v.aval.dtype, jnp.floating)
+        made = {v.aval.shape for e in found for v in e.outvars if is_float(v)}
+        assert (3, 64, 64) not in made and (2, 64, 64) not in made
 
 
 def test_lorafas_saving_holds_on_a_quantised_base() -> None:

@@ -168,4 +168,4 @@ def test_eight_devices() -> None:
     command = [sys.executable, "-m", "tests.zoo.eight_devices"]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ok ") == 6, done.stdout
+    assert done.stdout.count("ok ") == 12, done.stdout

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 from lorax import compat
 from lorax.interpret import residuals
 from lorax.interpret.context import Context
-from lorax.interpret.deferred import Deferred, force
+from lorax.interpret.deferred import Deferred, force, witness
 from lorax.interpret.evaluate import densify, derived, evaluate
 from lorax.interpret.weight import Factor, Weight, rebuild, relabelled
 
@@ -223,8 +224,6 @@ def shard_map(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     params = eqn.params
     axes = lambda spec, n: [*spec, *(None,) * (n - len(spec))]
 
-    operands = [_forced(x) if isinstance(x, Weight) else x for x in operands]
-
     def specs(x: Any, spec: Any) -> Any:
         if not isinstance(x, Weight):
             return spec
@@ -232,6 +231,20 @@ def shard_map(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         return jax.tree.map(
             lambda f: Factor(jax.P(*(of.get(a) for a in f.axes)), f.axes), x, is_leaf=lambda v: isinstance(v, Factor)
         )
+
+    def placed(x: Any, spec: Any) -> Any:
+        """Split a weight's arrays as its axes are, where types say how; the base came so, unless it is quantised."""
+        if not isinstance(x, Weight):
+            return x
+        came, x = x.base, _forced(x)
+        mesh = compat.explicit_mesh(witness(came))
+        if mesh is None:
+            return x
+        split = lambda f, s: Factor(jax.sharding.reshard(f.array, NamedSharding(mesh, s.array)), f.axes)
+        made = jax.tree.map(split, x, specs(x, spec), is_leaf=lambda v: isinstance(v, Factor))
+        return made if isinstance(came, Deferred) else rebuild(made, came, made.partial_factors())
+
+    operands = [placed(x, s) for x, s in zip(operands, params["in_specs"], strict=True)]
 
     def local(x: Any) -> Any:
         return dataclasses.replace(x, shape=x.base.shape) if isinstance(x, Weight) else x

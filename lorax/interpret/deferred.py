@@ -7,6 +7,7 @@ full-precision copy of it outlives one product.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,6 +122,8 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     if eqn.primitive is compat.optimization_barrier_p:  # an identity
         rest = iter(compat.bind(eqn, plain) if (plain := [x for x in values if not isinstance(x, Deferred)]) else ())
         return [x if isinstance(x, Deferred) else next(rest) for x in values]
+    if len(values) == 1 and (pieces := _pieces_of_the_stack(eqn, values[0])) is not None:
+        return pieces
     items = tuple(eqn.params.items())
     if len(eqn.outvars) > 1 or not _is_hashable(items):
         return compat.bind(eqn, [force(x) for x in values])
@@ -168,3 +171,21 @@ def _of_the_stack(eqn: Any, base: Deferred, others: Sequence[Any]) -> Deferred |
     for change in changes.values():
         node = jax.tree.map(change, node)
     return dataclasses.replace(base, node=node)
+
+
+def _pieces_of_the_stack(eqn: Any, base: Deferred) -> list[Any] | None:
+    """Cut a stack into its layers, or into several stacks, as the quantised arrays that they are."""
+    axis = eqn.params.get("axis")
+    if eqn.primitive not in (compat.split_p, compat.unstack_p) or not base.is_sliceable:
+        return None
+    if axis not in range(len(base.node.stack)):
+        return None
+    if eqn.primitive is compat.unstack_p:
+        cuts = [lambda x, i=i: lax.index_in_dim(x, i, axis, keepdims=False) for i in range(base.shape[axis])]
+    else:
+        ends = list(itertools.accumulate(eqn.params["sizes"]))
+        cuts = [
+            lambda x, start=end - n, end=end: lax.slice_in_dim(x, start, end, axis=axis)
+            for n, end in zip(eqn.params["sizes"], ends, strict=True)
+        ]
+    return [dataclasses.replace(base, node=jax.tree.map(cut, base.node)) for cut in cuts]

@@ -273,21 +273,22 @@ def _split(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
 @_rule(compat.unstack_p)
 def _unstack(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     (weight,) = operands
-    axis, n = eqn.params["axis"], len(weight.shape)
+    axis = eqn.params["axis"]
     if not _is_whole(weight, [axis]):
         return NotImplemented
-    bases = [lax.expand_dims(b, (axis,)) for b in deferred.bind(eqn, [weight.base])]
-    thin = _pieces(ctx, eqn, weight, axis, [1] * len(bases), bases)
-    return [_without(w, axis) for w in thin] if n else NotImplemented
+    bases = deferred.bind(eqn, [weight.base])
+    slices = [_expanded(b, axis) for b in bases]
+    pieces = _pieces(ctx, eqn, weight, axis, [1] * len(bases), slices)
+    return [_without(w, axis, base) for w, base in zip(pieces, bases, strict=True)]
 
 
-def _without(weight: Weight, axis: int) -> Weight:
-    """Drop an axis of size one."""
+def _without(weight: Weight, axis: int, base: Any) -> Weight:
+    """Drop an axis of size one, which the base has lost already."""
     kept = [i for i in range(len(weight.shape)) if i != axis]
     new = {old: i for i, old in enumerate(kept)}
     partial = [_relabelled(f, new) for f in weight.partial_factors()]
     origins = tuple(weight.origins[i] for i in kept)
-    return rebuild(weight, lax.squeeze(deferred.force(weight.base), (axis,)), partial, origins=origins)
+    return rebuild(weight, base, partial, origins=origins)
 
 
 @_rule(compat.mul_p, compat.div_p)
@@ -341,15 +342,19 @@ def _stack(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     return _joined(ctx, eqn, [_with_axis(x, axis) for x in operands], operands, axis)
 
 
+def _expanded(x: Any, axis: int) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a base with one more axis, which nothing has to compute."""
+    return jax.ShapeDtypeStruct((*x.shape[:axis], 1, *x.shape[axis:]), x.dtype)
+
+
 def _with_axis(x: Any, axis: int) -> Any:
     """Give a weight an axis of size one; what becomes of its base is told by the shape alone."""
-    expand = lambda x: lax.expand_dims(x, (axis,))
     if not isinstance(x, Weight):
-        return jax.eval_shape(expand, x)
+        return _expanded(x, axis)
     new = {i: i + (i >= axis) for i in range(len(x.shape))}
     origins = (*x.origins[:axis], frozenset(), *x.origins[axis:])
     partial = [_relabelled(f, new) for f in x.partial_factors()]
-    return rebuild(x, jax.eval_shape(expand, jax.ShapeDtypeStruct(x.shape, x.dtype)), partial, origins=origins)
+    return rebuild(x, _expanded(x, axis), partial, origins=origins)
 
 
 @_rule(compat.concatenate_p)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from lorax import paths
+from lorax import compat, paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,11 @@ class Staged:
 
 
 def _aval(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if paths.is_quantized(x) else x
+    if not paths.is_quantized(x):
+        return x
+    if compat.explicit_mesh(x.codes) is not None:  # types then say how the weight is split too
+        return jax.eval_shape(x.dequantize)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def stage(

@@ -54,15 +54,34 @@ def by_hand(where: Mesh) -> Callable[..., jax.Array]:
     return lambda p, x: mapped(p["up"], p["down"], x)
 
 
+def side_by_side(p: Any) -> jax.Array:
+    """Two weights in one."""
+    return jnp.concatenate([p["up"], 2 * p["up"]], 1)
+
+
+def joined_by_hand(where: Mesh) -> Callable[..., jax.Array]:
+    """A product with both in a `shard_map` over columns."""
+    specs = (SPECS["up"], P("data", None))
+    mapped = jax.shard_map(lambda up, x: jnp.tanh(x @ up), mesh=where, in_specs=specs, out_specs=P("data", "model"))
+    return lambda p, x: mapped(side_by_side(p), x)
+
+
 def check(
-    title: str, fn: Callable[..., Any], params: Any, x_BxD: jax.Array, plain: Callable[..., Any] | None = None
+    title: str,
+    fn: Callable[..., Any],
+    params: Any,
+    x_BxD: jax.Array,
+    plain: Callable[..., Any] | None = None,
+    method: lorax.Method | None = None,
+    stored: Any = None,
 ) -> None:
     """Compare the adapted function with the merged one, in value and gradient, under `jit`."""
     sites = lorax.trace(fn, params, x_BxD)
+    params = lorax.quantize(params, {".*": stored}, sites=sites) if stored else params
     names = [s.path for s in sites if s.kind == "linear"]
     assert names, sites
     adapter = lorax.init(
-        jax.random.key(0), lorax.Spec({re.escape(n): lorax.LoRA(rank=2) for n in names}), sites, params
+        jax.random.key(0), lorax.Spec({re.escape(n): method or lorax.LoRA(rank=2) for n in names}), sites, params
     )
     rng = np.random.default_rng(0)
     adapter = adapter.replace(
@@ -76,8 +95,9 @@ def check(
 
     fast = step(lorax.adapt(fn), params, x_BxD)
     # The reference runs on one device, through merged weights.
-    here = jax.tree.map(np.asarray, (PARAMS, X_BxD))
-    merged = step(lambda p, a, x: (plain or fn)(lorax.merge(p, a), x), {k: here[0][k] for k in params}, here[1])
+    here = jax.tree.map(np.asarray, (lorax.dequantize(params), X_BxD))
+    adapter = jax.tree.map(np.asarray, adapter)
+    merged = step(lambda p, a, x: (plain or fn)(lorax.merge(p, a), x), *here)
     for got, want in zip(jax.tree.leaves(fast), jax.tree.leaves(merged), strict=True):
         np.testing.assert_allclose(got, want, rtol=10 * TOL, atol=TOL)
     print("ok", title)
@@ -115,6 +135,12 @@ def main() -> None:
     where = mesh(AxisType.Explicit)
     with jax.set_mesh(where):
         check("explicit mesh", explicit, put(where), rows(where), plain=dense)
+        for method in (lorax.LoRA(rank=2), lorax.DoRA(rank=2), lorax.IA3()):
+            for stored in (None, lorax.Int8()):
+                params = {"up": put(where)["up"]}
+                title = f"{type(method).__name__} in a shard_map of an explicit mesh, {stored}"
+                plain = lambda p, x: jnp.tanh(x @ side_by_side(p))
+                check(title, joined_by_hand(where), params, rows(where), plain=plain, method=method, stored=stored)
     pair = {k: v for k, v in put(auto).items() if k != "layers"}
     gated = lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"]
     check("shard_map", by_hand(auto), pair, rows(auto), plain=gated)
