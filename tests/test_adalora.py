@@ -413,6 +413,7 @@ def test_other_sites_are_trained_by_the_inner_optimiser_alone() -> None:
     assert_identical(updates["bias"], plain["bias"])
 
 
+@pytest.mark.slow
 def test_jit_scan_and_plain_calls_give_the_same() -> None:
     adapter = make()
     tx = optim.adalora(optax.adam(3e-2), adapter, total_steps=8, warmup_steps=1, interval=2)
@@ -433,6 +434,7 @@ def test_jit_scan_and_plain_calls_give_the_same() -> None:
     )
 
 
+@pytest.mark.slow
 def test_several_adapters_train_side_by_side() -> None:
     adapters = [make(seed=s) for s in range(3)]
     tx = optim.adalora(optax.adam(3e-2), adapters[0], total_steps=6, interval=2)

@@ -414,6 +414,7 @@ def _on_eight_devices() -> None:
         print("ok", kind)
 
 
+@pytest.mark.slow
 def test_a_base_on_a_mesh_is_decomposed() -> None:
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.test_initializers"]

@@ -135,6 +135,7 @@ def test_a_ratio_below_one_is_refused(ratio: float) -> None:
         optim.lora_plus(make(), 1e-2, ratio=ratio)
 
 
+@pytest.mark.slow
 def test_lora_plus_within_adalora_and_offload() -> None:
     adapter = make(lorax.Spec({"layers|head": AdaLoRA(rank=3, target_rank=1), "bias": lorax.Full()}))
     inner = optim.lora_plus(adapter, 1e-2, ratio=4)
@@ -235,6 +236,7 @@ def test_further_arguments_reach_the_inner_optimiser() -> None:
         assert_identical(updates["head"]["a"], -0.5 * adapter.params["head"]["a"])
 
 
+@pytest.mark.slow
 def test_resuming_puts_the_state_back_on_the_host(tmp_path: Path) -> None:
     adapter = randomised(make())
     tx = optim.offload(optax.adam(1e-2))
@@ -252,7 +254,7 @@ def test_resuming_puts_the_state_back_on_the_host(tmp_path: Path) -> None:
 # On a mesh.
 
 
-@pytest.mark.parametrize(("check", "lines"), [("offload", 2), ("adalora", 2)])
+@pytest.mark.parametrize(("check", "lines"), [("offload", 2), pytest.param("adalora", 2, marks=pytest.mark.slow)])
 def test_on_eight_devices(check: str, lines: int) -> None:
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.eight_devices_optim", check]

@@ -253,6 +253,7 @@ def test_loss_at_the_answers_is_that_of_full_logits(tiny):
     assert float(jax.jit(loss)(model.params, step.loss_inputs(batch))) == pytest.approx(wanted, rel=SUM_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_accumulated_update_is_that_of_the_whole_batch(tiny):
     whole, output = updated(tiny, 1)
     parted, parted_output = updated(tiny, 2)
@@ -262,6 +263,7 @@ def test_accumulated_update_is_that_of_the_whole_batch(tiny):
         np.testing.assert_allclose(a, b, rtol=SUM_TOLERANCE, atol=SUM_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_update_follows_the_gradient_of_merged_weights(tiny):
     model, loss, adapter, batches = tiny
     batch = step.loss_inputs(batches[0])

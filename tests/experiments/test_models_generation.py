@@ -51,6 +51,7 @@ def test_equals_full_forward_passes(model, prompts, batch_size):
     assert len({tuple(answer) for answer in want}) == len(prompts)  # the answers depend on the prompts
 
 
+@pytest.mark.slow
 def test_common_prefix_is_read_once_and_changes_nothing(model, prompts):
     shared = np.random.default_rng(1).integers(3, 128, size=19).tolist()
     with_prefix = [shared + prompt for prompt in prompts if len(prompt) < 18]

@@ -50,6 +50,7 @@ def test_param_paths_and_shapes(model):
     assert paths == set(model.peft_names)
 
 
+@pytest.mark.slow
 def test_packed_rows_equal_separate_sequences(model, reference):
     tokens = reference["input_ids"]
     first, second = tokens[0, :7], tokens[1, :4]
