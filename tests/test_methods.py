@@ -571,6 +571,22 @@ def test_a_method_from_outside_on_joined_and_quantised_weights(method: Any, stor
     assert_close(got, want, 5 * F32_TOL)
 
 
+@pytest.mark.parametrize("method", [Hadamard(), GainOfWeights(), GainOfFactors()], ids=lambda m: type(m).__name__)
+def test_factors_that_multiply_the_base_by_hand(method: Any) -> None:
+    fn = lambda p, x: x @ p["w"]
+    params, x = {"w": normal(1, 6, 5)}, normal(2, 3, 6)
+    adapter = adapter_for(fn, params, x, method=method)
+    own = {name: np.asarray(value) for name, value in adapter.arrays("w").items()}
+    w = np.asarray(params["w"])
+    if isinstance(method, GainOfFactors):
+        whole = w * own["into"][:, None] * (own["c"] * own["d"][:, None]).sum(0)
+    else:
+        whole = w * (own["a"] @ own["b"] + isinstance(method, Hadamard))
+    assert not np.allclose(whole, w, atol=1e-2)
+    assert_close(lorax.adapt(fn)(params, adapter, x), np.asarray(x) @ whole)
+    assert_close(lorax.merge(params, adapter)["w"], whole)
+
+
 @pytest.mark.parametrize("method", OWN, ids=lambda m: type(m).__name__)
 def test_a_method_from_outside_in_bfloat16(method: Any) -> None:
     fn = lambda p, x: x @ p["w"]

@@ -43,10 +43,10 @@ def convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     feature = numbers.out_spec[1]
     dtype = compute_dtype(weight, x)
     (out,) = eqn.outvars
-    for term in weight.terms[1:]:
-        first = next((f for f in term.factors if _convolves(f, sized, out_axis)), None)
-        if first is None or any(f is not first and not set(contracted).isdisjoint(f.axes) for f in term.factors):
-            return NotImplemented
+    firsts = [next((f for f in t.factors if _convolves(f, sized, out_axis)), None) for t in weight.terms[1:]]
+    rests = [[f for f in t.factors if f is not first] for t, first in zip(weight.terms[1:], firsts, strict=True)]
+    if None in firsts or any(not set(contracted).isdisjoint(f.axes) for rest in rests for f in rest):
+        return NotImplemented
     if any(set(f.axes) - {out_axis} for f in (*weight.terms[0].factors[1:], *weight.gains)):
         return NotImplemented
 
@@ -54,9 +54,8 @@ def convolution(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     y_labels = tuple(out_axis if i == feature else ("x", i) for i in range(y.ndim))
     for f in weight.terms[0].factors[1:]:
         y = y * cast(along(f, y_labels, y.shape), y.dtype)
-    for term in weight.terms[1:]:
-        first = next(f for f in term.factors if _convolves(f, sized, out_axis))
-        rest = [f for f in term.factors if f is not first]
+    for term, first, rest in zip(weight.terms[1:], firsts, rests, strict=True):
+        assert first is not None
         bonds = [a for a in first.axes if isinstance(a, str)]
         channels = [jnp.shape(first.array)[first.axes.index(b)] for b in bonds]
         one = arrange(
