@@ -33,6 +33,7 @@ from lorax.methods import (
 from lorax.quant import FP4, NF4, Int4, Int8, dequantize, quantize
 from lorax.sites import Site, Sites, trace
 from lorax.spec import Spec
+from lorax.stack import select, stack, unstack
 from lorax.version import __version__
 
 __all__ = [
@@ -77,8 +78,11 @@ __all__ = [
     "register",
     "restore",
     "save",
+    "select",
     "split",
+    "stack",
     "trace",
     "unmerge",
+    "unstack",
     "__version__",
 ]

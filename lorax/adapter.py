@@ -21,14 +21,18 @@ from lorax.spec import Spec
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What an adapter is, apart from its arrays: every adapted site with its method, and the spec they came from."""
+    """What an adapter is, apart from its arrays: every adapted site with its method, and the spec they came from.
+
+    That of a stack has what its members have in common, and the members'.
+    """
 
     entries: tuple[tuple[Site, Method], ...]
     spec: Spec
+    members: tuple[Member, ...] = ()
 
     def __hash__(self) -> int:  # jit asks for it at every call
         if "_hash" not in self.__dict__:
-            object.__setattr__(self, "_hash", hash((self.entries, self.spec)))
+            object.__setattr__(self, "_hash", hash((self.entries, self.spec, self.members)))
         return self.__dict__["_hash"]
 
     def __eq__(self, other: object) -> bool:
@@ -37,13 +41,28 @@ class Plan:
             and hash(self) == hash(other)
             and self.entries == other.entries
             and self.spec == other.spec
+            and self.members == other.members
         )
 
     @functools.cached_property
     def shared(self) -> dict[str, str]:
-        """For each path whose site has arrays in common with others, the entry of `adapter.state` that holds them."""
+        """For each path whose site has arrays in common with others, the entry of `adapter.state` that holds them.
+
+        In a stack, sites have them in common if they do in each member.
+        """
+        if self.members:
+            names = {s.path: [m.plan.shared.get(s.path, "") for m in self.members] for s, _ in self.entries}
+            return {path: _joined(of) for path, of in names.items() if any(of)}
         found = ((site.path, _shared(site, method)) for site, method in self.entries)
         return {path: entry[0] for path, entry in found if entry}
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """What one adapter of a stack is by itself: its plan, and the shapes of its arrays, `(partition, entry, name)`."""
+
+    plan: Plan
+    shapes: tuple[tuple[tuple[str, str, str], tuple[int, ...]], ...]
 
 
 @jax.tree_util.register_dataclass
@@ -130,6 +149,13 @@ def _shared(site: Site, method: Method) -> tuple[str, Callable[[], Any]] | None:
     """Return the name and the maker of what a site has in common with others; no leaf's path begins with `*`."""
     shared = method.shared(site)
     return shared and (f"*/{shared[0]}", shared[1])
+
+
+def _joined(names: list[str]) -> str:
+    """Return a name for what members of a stack call so; another for each way in which they do."""
+    different = list(dict.fromkeys(names))
+    which = [] if len(different) == 1 else [",".join(str(different.index(name)) for name in names)]
+    return " ".join([*filter(None, different), *which])
 
 
 def base_leaves(params: Any, sites: Iterable[Site]) -> tuple[dict[str, Any], Any]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lorax.adapter import Adapter, Plan
+from lorax.adapter import Adapter, Member, Plan
 from lorax.fingerprint import digests
 from lorax.methods.base import METHODS, Method
 from lorax.sites import Site, SiteUse
@@ -254,8 +254,7 @@ def _document(
     document = {
         "format": FORMAT,
         "versions": {"lorax": __version__, "jax": jax.__version__, "orbax": ocp.__version__},
-        "spec": [[pattern, _described(method)] for pattern, method in adapter.spec.rules],
-        "sites": [[dataclasses.asdict(site), _described(method)] for site, method in adapter.plan.entries],
+        **_described_plan(adapter.plan),
         "base": dict(base),
         "arrays": digests(dict(arrays)),
         "metadata": dict(metadata or {}),
@@ -271,6 +270,16 @@ def _document(
 def _json_digest(document: Mapping[str, Any]) -> str:
     rest = {k: v for k, v in document.items() if k != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _described_plan(plan: Plan) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "spec": [[pattern, _described(method)] for pattern, method in plan.spec.rules],
+        "sites": [[dataclasses.asdict(site), _described(method)] for site, method in plan.entries],
+    }
+    if plan.members:
+        described["members"] = [{**_described_plan(m.plan), "shapes": m.shapes} for m in plan.members]
+    return described
 
 
 def _described(method: Method | None) -> dict[str, Any] | None:
@@ -302,7 +311,10 @@ def _plan(path: str, document: Mapping[str, Any]) -> Plan:
         return Site(**fields({**d, "uses": [SiteUse(**fields(u)) for u in d["uses"]]}))
 
     entries = tuple((site(s), _method(path, m)) for s, m in document["sites"])
-    return Plan(entries, Spec([(pattern, _method(path, m)) for pattern, m in document["spec"]]))
+    spec = Spec([(pattern, _method(path, m)) for pattern, m in document["spec"]])
+    shapes = lambda listed: tuple((tuple(key), tuple(shape)) for key, shape in listed)
+    members = (Member(_plan(path, m), shapes(m["shapes"])) for m in document.get("members", ()))
+    return Plan(entries, spec, tuple(members))
 
 
 def _read_document(path: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
 from lorax.interpret.contraction import absorb, arrange
@@ -49,10 +50,11 @@ class Activation:
         """Apply an elementwise function."""
         return dataclasses.replace(self, array=fn(self.array))
 
-    def with_first_positions(self, values: Expression) -> Activation:
+    def with_first_positions(self, values: Expression, mask: Expression | None = None) -> Activation:
         """Replace the first positions; `values` spans them along a bond, and the weight's axes.
 
-        An activation that has no more positions than that is left alone: a decoder's later tokens.
+        An activation that has no more positions than that is left alone: a decoder's later tokens. Where there is a
+        `mask` of bools over the bond, first true and then false, only the true ones count.
 
         Raises:
           ValueError: the activation has no sequence axis.
@@ -63,12 +65,24 @@ class Activation:
         if self.positions is None:
             raise ValueError(f"{count} positions are to be replaced, and the activation has no axis of positions")
         at = self.axes.index(self.positions)
-        if self.array.shape[at] <= count:
+        there = self.array.shape[at]
+        axes = tuple(self.positions if a == bond else a for a in factor.axes)
+        new = factor.array
+        if mask is not None:  # some of the vectors, as many as there is room for
+            ((flags,),) = [t.factors for t in mask.terms]
+            is_new = flags.array & (jnp.sum(flags.array) < there)
+            count = min(count, there)
+            new, is_new = (
+                lax.slice_in_dim(x, 0, count, axis=i) for x, i in ((new, axes.index(self.positions)), (is_new, 0))
+            )
+        elif there <= count:
             return self
         shape = (*self.array.shape[:at], count, *self.array.shape[at + 1 :])
-        axes = tuple(self.positions if a == bond else a for a in factor.axes)
-        first = arrange(factor.array, axes, self.axes, shape)
-        array = lax.dynamic_update_slice_in_dim(self.array, cast(first, self.array.dtype), 0, at)
+        first = cast(arrange(new, axes, self.axes, shape), self.array.dtype)
+        if mask is not None:
+            old = lax.slice_in_dim(self.array, 0, count, axis=at)
+            first = jnp.where(is_new.reshape(count, *(1,) * (self.array.ndim - at - 1)), first, old)
+        array = lax.dynamic_update_slice_in_dim(self.array, first, 0, at)
         return dataclasses.replace(self, array=array)
 
 
@@ -97,7 +111,8 @@ def apply_outputs(
         arrays = {n: Expression((Term((f,)),)) for n, f in zip(output.names, output.factors, strict=True)}
         entering = Activation(x, tuple(x_axes), of_the_weight(x_axes, y_axes), positions)
         leaving = Activation(y, tuple(y_axes), of_the_weight(y_axes, x_axes), positions)
-        y = output.method.output(leaving, entering, **arrays).array
-        assert y.shape == shape, f"{type(output.method).__name__}.output changed the shape {shape} to {y.shape}"
-        y = cast(y, dtype)
+        made = output.method.output(leaving, entering, **arrays).array
+        assert made.shape == shape, f"{type(output.method).__name__}.output changed the shape {shape} to {made.shape}"
+        made = cast(made, dtype)
+        y = jnp.where(output.is_present[0].array, made, y) if output.is_present else made
     return y

@@ -50,7 +50,7 @@ class Context:
         self.fixed: Sequence[bool] = ()
         self.live: Sequence[bool] = ()
         self.followed: Followed | None = None
-        self._drawn = zlib.crc32(b"lorax") >> 1  # the function may draw from the same key, by small numbers
+        self.place: tuple[int, ...] = ()  # of the present equation, and of those that it is inside of
         self._made: dict[int, tuple[Any, dict[Any, Any]]] = {}
 
     def once(self, name: Any, of: Any, make: Callable[[], Any]) -> Any:
@@ -68,9 +68,13 @@ class Context:
         """Return the context for the body of a control-flow construct."""
         return Context(self.record, key, self.tracing)
 
-    def next_key(self) -> Any:
-        """Return a fresh key, or None when no `rng` was given."""
+    def key_here(self, what: str = "") -> Any:
+        """Return the key of the present equation, or None when no `rng` was given.
+
+        It depends on the equation alone, and on what is asked for, so that an adapter draws the same at a site
+        whatever else is adapted.
+        """
         if self.key is None:
             return None
-        self._drawn += 1
-        return jax.random.fold_in(self.key, self._drawn)
+        # The function may draw from the same key, by small numbers.
+        return jax.random.fold_in(self.key, zlib.crc32(f"lorax {self.place} {what}".encode()))

@@ -41,7 +41,7 @@ def checkpoint(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     fixed, live = ctx.fixed, ctx.live
     body = lambda operands, key: evaluate(eqn.params["jaxpr"], operands, ctx.inside(key), fixed=fixed, live=live)
     remat = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-    return remat(list(operands), ctx.next_key())
+    return remat(list(operands), ctx.key_here())
 
 
 def _unmoved(jaxpr: Any, operands: Sequence[Any], first: int, count: int) -> list[bool]:
@@ -68,7 +68,7 @@ def scan(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     length = eqn.params["length"]
     live = [True] * n_carry + list(ctx.live[n_carry:])
     known = [is_fixed and not n_consts <= i < n_consts + n_carry for i, is_fixed in enumerate(ctx.fixed)]
-    key = ctx.next_key()
+    key = ctx.key_here()
     keys = None if key is None else jax.random.split(key, length)
     is_ours = residuals.is_left_to_us(jaxpr) and any(_is_rescaled(x) for x in operands)
 
@@ -137,7 +137,7 @@ def while_loop(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     cond_consts, body_consts, init = operands[:n_cond], operands[n_cond : n_cond + n_body], operands[n_cond + n_body :]
     fixed = _unmoved(eqn.params["body_jaxpr"], init, n_body, len(init))
     carried = [x if keep else densify(ctx, x, "while's carry") for x, keep in zip(init, fixed, strict=True)]
-    key = ctx.next_key()
+    key = ctx.key_here()
 
     def whole(moving: Sequence[Any]) -> list[Any]:
         it = iter(moving)
@@ -189,7 +189,7 @@ def cond(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
 
         return run
 
-    outs = lax.switch(index, [branch(j) for j in eqn.params["branches"]], list(operands), ctx.next_key())
+    outs = lax.switch(index, [branch(j) for j in eqn.params["branches"]], list(operands), ctx.key_here())
     return [derived(x, weights[i]) if ctx.tracing and i in weights else x for i, x in enumerate(outs)]
 
 
@@ -261,7 +261,7 @@ def shard_map(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         out_specs=list(params["out_specs"]),
         axis_names=params["newly_manual_axes"],
         check_vma=params["check_vma"],
-    )(list(operands), ctx.next_key())
+    )(list(operands), ctx.key_here())
 
 
 RULES: dict[Any, Any] = {

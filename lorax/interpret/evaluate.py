@@ -42,6 +42,7 @@ def evaluate(
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     built: dict[Any, Any] = {}  # dense forms, at most one a variable
+    place = ctx.place
     live = [True] * len(jaxpr.outvars) if live is None else live
     steps, needed = _liveness(jaxpr, live)
     known = set(jaxpr.constvars) | {v for v, is_fixed in zip(jaxpr.invars, fixed, strict=False) if is_fixed}
@@ -81,7 +82,8 @@ def evaluate(
 
     for context, group in itertools.groupby(steps, lambda step: step[0].ctx):
         with context.manager:
-            for eqn, dying in group:
+            for eqn, number, dying in group:
+                ctx.place = (*place, number)
                 with compat.source_context(eqn):
                     outs = run(eqn)
                     if ctx.followed is not None:
@@ -90,6 +92,7 @@ def evaluate(
                 for v in dying:  # an eager call keeps no activation longer than the plain function does
                     ctx.forget(env.pop(v))
                     built.pop(v, None)
+    ctx.place = place
     return [read(v) if is_live else None for v, is_live in zip(jaxpr.outvars, live, strict=True)]
 
 
@@ -156,14 +159,14 @@ def _through_outputs(value: Weight, reason: str) -> Any:
     return apply_outputs(acting, dense(value), axes)
 
 
-def _liveness(jaxpr: Any, live: Sequence[bool]) -> tuple[list[tuple[Any, list[Any]]], set[Any]]:
-    """Return the equations that are needed, each with the variables that it reads last, and all variables needed."""
+def _liveness(jaxpr: Any, live: Sequence[bool]) -> tuple[list[tuple[Any, int, list[Any]]], set[Any]]:
+    """Return the equations that are needed, with their numbers and what each reads last, and all variables needed."""
     outs = zip(jaxpr.outvars, live, strict=True)
     needed = {v for v, is_live in outs if is_live and isinstance(v, compat.Var)}
     steps = []
-    for eqn in reversed(jaxpr.eqns):
+    for number, eqn in reversed(list(enumerate(jaxpr.eqns))):
         if eqn.effects or not needed.isdisjoint(eqn.outvars):
             dying = dict.fromkeys(v for v in eqn.invars if isinstance(v, compat.Var) and v not in needed)
             needed.update(dying)
-            steps.append((eqn, list(dying)))
+            steps.append((eqn, number, list(dying)))
     return steps[::-1], needed

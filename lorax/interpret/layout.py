@@ -312,28 +312,27 @@ def _scale(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
         where = [f.axes.index(axes[i]) for i in order]
         return Factor(op(f.array, lax.broadcast_in_dim(s, jnp.shape(f.array), where)), f.axes)
 
-    terms = [Term((Factor(weight.base, weight.terms[0].factors[0].axes), *weight.terms[0].factors[1:]))]
+    terms = [weight.terms[0]]
     for term in weight.terms[1:]:
         fit = [i for i, f in enumerate(term.factors) if set(axes) <= set(f.axes)]
         if not fit:
             return NotImplemented
         i = min(fit, key=lambda i: jnp.size(term.factors[i].array))
-        terms.append(Term((*term.factors[:i], scaled(term.factors[i]), *term.factors[i + 1 :]), term.dropout))
+        factors = (*term.factors[:i], scaled(term.factors[i]), *term.factors[i + 1 :])
+        terms.append(dataclasses.replace(term, factors=factors))
     (base,) = deferred.bind(eqn, [x.base if isinstance(x, Weight) else x for x in operands])
-    partial = [f for t in terms for f in t.factors][1:]
-    return [rebuild(weight, base, [*partial, *weight.partial_factors()[len(partial) :]])]
+    made = dataclasses.replace(weight, terms=tuple(terms))
+    return [rebuild(made, base, made.partial_factors())]
 
 
 @_rule(compat.neg_p)
 def _neg(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
     (weight,) = operands
     (base,) = deferred.bind(eqn, [weight.base])
-    partial = list(weight.partial_factors())
-    at = len(weight.terms[0].factors) - 1
-    for term in weight.terms[1:]:
-        partial[at] = Factor(-partial[at].array, partial[at].axes)
-        at += len(term.factors)
-    return [rebuild(weight, base, partial)]
+    negated = lambda f, *rest: (Factor(-f.array, f.axes), *rest)
+    terms = (dataclasses.replace(t, factors=negated(*t.factors)) for t in weight.terms[1:])
+    made = dataclasses.replace(weight, terms=(weight.terms[0], *terms))
+    return [rebuild(made, base, made.partial_factors())]
 
 
 @_rule(compat.stack_p)
@@ -418,7 +417,8 @@ def _placed(term: Term, axis: int, span: Span) -> Term:
         neighbours = [a for f in factors for a in f.axes if a in (axis - 1, axis + 1)]
         i = next((i for i, f in enumerate(factors) if neighbours and max(neighbours) in f.axes), 0)
         factors[i] = _repeated(factors[i], axis, span[1])
-    return Term(tuple(_padded(f, axis, span, 0) if axis in f.axes else f for f in factors), term.dropout)
+    extended = tuple(_padded(f, axis, span, 0) if axis in f.axes else f for f in factors)
+    return dataclasses.replace(term, factors=extended)
 
 
 def _joined_gains(parts: Sequence[tuple[Sequence[Factor], Span]], axis: int, n_axes: int) -> tuple[Factor, ...]:

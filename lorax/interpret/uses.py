@@ -63,12 +63,13 @@ def record(
 
 def entering(ctx: Context, x: Any, term: Term) -> Any:
     """The activation that enters a product, with the method's dropout when an `rng` was given."""
-    return _dropped(x, term.dropout, ctx.next_key() if term.dropout else None)
+    return _dropped(x, term, ctx.key_here(term.source) if term.dropout else None)
 
 
-def _dropped(x: Any, rate: float, key: Any) -> Any:
+def _dropped(x: Any, term: Term, key: Any) -> Any:
     if key is None:
         return x
+    rate = term.rate[0].array if term.rate else term.dropout
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype)).astype(x.dtype)
 
@@ -110,7 +111,7 @@ def dot_general(ctx: Context, eqn: Any, operands: Sequence[Any]) -> Any:
     dtype = compute_dtype(weight, x)
     base, *gains = weight.terms[0].factors
     terms = weight.terms[1:]
-    keys = [ctx.next_key() if t.dropout else None for t in terms]
+    keys = [ctx.key_here(t.source) if t.dropout else None for t in terms]
     params = tuple({**eqn.params, "dimension_numbers": numbers}.items())
     plan = _Plan(eqn.primitive, params, side, labels, y_labels, thin_labels, wanted, dtype)
     outputs = acting(weight, free)
@@ -179,7 +180,7 @@ def adapted_dot(
     thin = cast(thin, plan.dtype)
     for term, key in zip(terms, keys, strict=True):
         factors = [_cast(f, plan.dtype) for f in term.factors]
-        entering = _dropped(thin, term.dropout, key)
+        entering = _dropped(thin, term, key)
         z, z_axes = absorb(entering, plan.thin_labels, factors, contracted | parts, precision=precision, specs=specs)
         if z_axes != plan.wanted:
             sizes = {**dict(enumerate(base.shape)), **{a: a.size for a in plan.wanted if isinstance(a, Part)}}

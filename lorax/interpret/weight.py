@@ -53,10 +53,20 @@ class Factor:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A product of factors, summed over their bonds. `dropout` acts on the activation that enters it."""
+    """A product of factors, summed over their bonds.
+
+    `dropout` acts on the activation that enters it, at the rate that it says, or that the array in `rate` does; it
+    draws by the name of its source.
+    """
 
     factors: tuple[Factor, ...]
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    source: str = dataclasses.field(default="", metadata={"static": True})
+    rate: tuple[Factor, ...] = ()
+
+    def times(self, *factors: Factor) -> Term:
+        """Multiply by further factors."""
+        return dataclasses.replace(self, factors=(*self.factors, *factors))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,18 +111,22 @@ class Expression:
         return Expression(self.terms, (*self.gains, *term.factors))
 
     def _spread(self) -> tuple[Term, ...]:
-        return tuple(Term((*t.factors, *self.gains), t.dropout) for t in self.terms)
+        return tuple(t.times(*self.gains) for t in self.terms)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a method does to the result of a use that leaves the axes `over` of the leaf free."""
+    """What a method does to the result of a use that leaves the axes `over` of the leaf free.
+
+    A bool in `is_present` says whether it does.
+    """
 
     factors: tuple[Factor, ...]
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     method: Any = dataclasses.field(metadata={"static": True})
     over: Origin = dataclasses.field(metadata={"static": True})
+    is_present: tuple[Factor, ...] = ()
 
 
 @jax.tree_util.register_dataclass
@@ -172,9 +186,9 @@ class Weight:
     def factors(self) -> list[Factor]:
         """Return all factors, the base first."""
         return [
-            *(f for t in self.terms for f in t.factors),
+            *(f for t in self.terms for f in (*t.factors, *t.rate)),
             *self.gains,
-            *(f for output in self.outputs for f in output.factors),
+            *(f for output in self.outputs for f in (*output.factors, *output.is_present)),
             *(self.pending.factors if self.pending else ()),
         ]
 
@@ -188,9 +202,11 @@ class Weight:
         take = lambda old: tuple(next(rest) for _ in old)
         return dataclasses.replace(
             self,
-            terms=tuple(Term(take(t.factors), t.dropout) for t in self.terms),
+            terms=tuple(dataclasses.replace(t, factors=take(t.factors), rate=take(t.rate)) for t in self.terms),
             gains=take(self.gains),
-            outputs=tuple(dataclasses.replace(o, factors=take(o.factors)) for o in self.outputs),
+            outputs=tuple(
+                dataclasses.replace(o, factors=take(o.factors), is_present=take(o.is_present)) for o in self.outputs
+            ),
             pending=self.pending and dataclasses.replace(self.pending, factors=take(self.pending.factors)),
             **changes,
         )
@@ -203,6 +219,26 @@ class Weight:
         """Tell whether each gain varies within one of several sets of axes, such as those that a use contracts."""
         gains = (*self.terms[0].factors[1:], *self.gains)
         return all(sum(not set(side).isdisjoint(f.axes) for side in sides) < 2 for f in gains)
+
+    def at_rate(self, rate: Factor) -> Weight:
+        """Return the weight with an array that says the rate of its dropout."""
+        rated = (dataclasses.replace(t, rate=(rate,)) if t.dropout else t for t in self.terms)
+        return dataclasses.replace(self, terms=tuple(rated))
+
+    def where(self, is_present: Any, base: Any) -> Weight:
+        """Return the weight where a bool is true, and the base where it is not; its arrays then get no gradient."""
+        flag = Factor(is_present.astype(jnp.float32), ())
+        gains = lambda factors: tuple(Factor(jnp.where(is_present, f.array, 1), f.axes) for f in factors)
+        head, *base_gains = self.terms[0].factors
+        if head.array is not base:  # the method puts another weight in its place
+            head = Factor(jnp.where(is_present, force(head.array), cast(force(base), head.array.dtype)), head.axes)
+        first = dataclasses.replace(self.terms[0], factors=(head, *gains(base_gains)))
+        return dataclasses.replace(
+            self,
+            terms=(first, *(t.times(flag) for t in self.terms[1:])),
+            gains=gains(self.gains),
+            outputs=tuple(dataclasses.replace(o, is_present=(Factor(is_present, ()),)) for o in self.outputs),
+        )
 
     def settled(self) -> Weight:
         """Return the weight with what its method makes of the base."""
@@ -229,8 +265,11 @@ def leaf_weight(path: str, base: Any, expression: Expression, outputs: tuple[Out
     head = Factor(cast(factors.pop(i).array, base.dtype), axes)
     return Weight(
         (
-            Term((head, *_as_gains(factors)), first.dropout),
-            *(Term(tuple(map(_forced, t.factors)), t.dropout) for t in terms),
+            dataclasses.replace(first, factors=(head, *_as_gains(factors))),
+            *(
+                dataclasses.replace(t, factors=tuple(map(_forced, t.factors)), source=f"{path} {i}")
+                for i, t in enumerate(terms)
+            ),
         ),
         tuple(base.shape),
         base.dtype,

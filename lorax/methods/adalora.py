@@ -46,7 +46,9 @@ class AdaLoRA(Method):
     dtype: Any = "float32"
     initial_std: float = 0.02
 
-    arrays = {"a": "SIR", "e": "SR", "b": "SRO", "scale": "S", "updates": ""}
+    arrays = {"a": "SIR", "e": "SR", "b": "SRO", "scale": "S", "updates": "", "mask": "SR", "budget": ""}
+    sizes = ("rank",)
+    starts = ("target_rank", "alpha", "initial_std")
 
     def __post_init__(self) -> None:
         check(self)
@@ -100,8 +102,13 @@ class AdaLoRA(Method):
             )
         return super().leaf(site, base, arrays)
 
+    def carried(self, site: Site, common: Method) -> Arrays:
+        """Return which of the stack's triplets are the member's, which the regulariser counts, and their budget."""
+        mask = jnp.ones(site.dims("SR", R=self.rank), bool)
+        return {**super().carried(site, common), "mask": mask, "budget": jnp.asarray(self.budget, jnp.int32)}
+
     def weight(
-        self, w: Expression, *, a: Expression, e: Expression, b: Expression, scale: Expression, updates: Expression
+        self, w: Expression, *, a: Expression, e: Expression, b: Expression, scale: Expression, **others: Expression
     ) -> Expression:
         """`W + s·(A∘e)·B`."""
         # `e` comes before both factors: whichever of them an activation meets first, it meets the other one last.

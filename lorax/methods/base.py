@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 import jax
@@ -17,6 +17,9 @@ from lorax.sites import Site
 
 Arrays = dict[str, jax.Array]
 METHODS: dict[str, type[Method]] = {}
+
+# What the state of any method may say of a member of a stack: whether it adapts the site, and its dropout's rate.
+OF_A_MEMBER = {"is_present": "", "dropout": ""}
 
 
 class Method:
@@ -34,10 +37,16 @@ class Method:
       output_arrays: those that `output` gets and `weight` does not.
       is_invertible: whether the base follows from the merged weight, as it does when `weight` is `g * w + delta`.
       acts_on_lookups: whether `output` is about rows that are looked up, also of a weight that products read as well.
+      sizes: settings that are the size of a bond, such as the rank, if arrays that are filled up with zeros along it
+        give the same weight and the zeros get no gradient: adapters of different size then stack.
+      starts: settings that `init` puts into the arrays and nothing asks for later: initial values, scalings. Adapters
+        that differ in them stack too.
     """
 
     arrays: ClassVar[Mapping[str, str]] = {}
     output_arrays: ClassVar[tuple[str, ...]] = ()
+    sizes: ClassVar[tuple[str, ...]] = ()
+    starts: ClassVar[tuple[str, ...]] = ()
     is_invertible: ClassVar[bool] = True
     acts_on_lookups: ClassVar[bool] = False
 
@@ -99,7 +108,40 @@ class Method:
 
     def axes(self, site: Site, name: str) -> tuple[Any, ...]:
         """Return the labels of an array's axes at a site: those that its letters in `arrays` stand for."""
-        return site.axes(self.arrays[name])
+        return site.axes({**OF_A_MEMBER, **self.arrays}[name])
+
+    @classmethod
+    def common(cls, members: Sequence[Method]) -> Method:
+        """Return the method that evaluates each of several adapters of a stack, filled up to its sizes.
+
+        Args:
+          members: the methods of one site, all of this class.
+
+        Raises:
+          ValueError: they differ in more than `sizes`, `starts` and dropout.
+        """
+        settings: dict[str, Any] = {}
+        for field in dataclasses.fields(members[0]):  # type: ignore[arg-type]
+            values = [getattr(m, field.name) for m in members]
+            if all(v == values[0] for v in values):
+                settings[field.name] = values[0]
+            elif field.name in (*cls.sizes, "dropout"):
+                settings[field.name] = max(values)
+            elif field.name in cls.starts:
+                settings[field.name] = field.default
+            else:
+                listed = " and ".join(dict.fromkeys(map(repr, values)))
+                raise ValueError(f"{cls.__name__} with {field.name} {listed}")
+        return cls(**settings)
+
+    def carried(self, site: Site, common: Method) -> Arrays:
+        """Return what the state of a member of a stack says besides, since the common method does not.
+
+        Args:
+          site: the site.
+          common: the method of the stack, of which `self` is one.
+        """
+        return {"dropout": jnp.asarray(getattr(self, "dropout", 0.0), float)} if getattr(common, "dropout", 0.0) else {}
 
     def leaf(self, site: Site, base: Any, arrays: Mapping[str, Any]) -> Weight:
         """Return a leaf's adapted weight.
@@ -121,6 +163,7 @@ class Method:
             node = base.node if isinstance(base, Deferred) else base
             arrays = {**arrays, **self.derive(site, node, arrays)}
         named = self._labelled(site, arrays)
+        of_a_member = {name: named.pop(name).terms[0].factors[0] for name in OF_A_MEMBER if name in named}
         at_output = {name: named.pop(name) for name in self.output_arrays if name in named}
         whole = Expression((Term((Factor(base, tuple(range(len(site.shape)))),)),))
         weight = self.weight(whole, **named) if type(self).weight is not Method.weight else whole
@@ -129,7 +172,10 @@ class Method:
             factors = tuple(e.terms[0].factors[0] for e in at_output.values())
             over = frozenset((site.path, a) for a in site.axes("L" if self.acts_on_lookups else "O"))
             outputs = (Output(factors, tuple(at_output), self, over),)
-        return leaf_weight(site.path, base, weight, outputs)
+        made = leaf_weight(site.path, base, weight, outputs)
+        if "dropout" in of_a_member:
+            made = made.at_rate(of_a_member["dropout"])
+        return made.where(of_a_member["is_present"].array, base) if "is_present" in of_a_member else made
 
     def _labelled(self, site: Site, arrays: Mapping[str, Any]) -> dict[str, Expression]:
         named = {}
@@ -168,7 +214,7 @@ def register(cls: M) -> M:
     """Make a method of a class: a frozen, keyword-only dataclass that checkpoints can name.
 
     Raises:
-      ValueError: another method has the name, or an array is not described.
+      ValueError: another method has the name, or an array is called `is_present` or `dropout`, which a stack's are.
 
     >>> @register
     ... class ScaledOutput(Method):
@@ -185,5 +231,7 @@ def register(cls: M) -> M:
     known = METHODS.get(made.__name__)
     if known is not None and (known.__module__, known.__qualname__) != (made.__module__, made.__qualname__):
         raise ValueError(f"a method called {made.__name__} is registered already by {known.__module__}")
+    if taken := sorted(set(made.arrays) & set(OF_A_MEMBER)):
+        raise ValueError(f"{made.__name__}: an array is called {taken[0]!r}, which is what a stack says of its members")
     METHODS[made.__name__] = made
     return made

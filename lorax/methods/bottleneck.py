@@ -37,6 +37,7 @@ class Bottleneck(Method):
 
     arrays = {"down": "SOR", "down_bias": "SR", "up": "SRO", "up_bias": "SO"}
     output_arrays = ("down", "down_bias", "up", "up_bias")
+    sizes = ("rank",)
     is_invertible = False
 
     def __post_init__(self) -> None:

@@ -43,6 +43,7 @@ class DoRA(LowRank):
         "squared_norm": "SO",
         "gain": "SO",
     }
+    sizes = ("rank",)
     is_invertible = False  # the base's direction is not in the merged weight alone
 
     def init(self, key: jax.Array, site: Site, base: Any) -> tuple[Arrays, Arrays]:
@@ -66,7 +67,7 @@ class DoRA(LowRank):
         axes = tuple(range(len(site.shape)))
         cross_SO = _by_layer(cross, base, axes, site.stack, Factor(a, a_axes), Factor(b, b_axes))
         cross_SO = arrange(cross_SO, *_order(site), site.dims("SO"))
-        a, b = cast(a, jnp.float32), cast(b, jnp.float32)
+        a, b = _wide(a), _wide(b)
         again = [Factor(a, site.axes("SIQ")), Factor(b, b_axes), Factor(b, site.axes("SQO"))]
         own, own_axes = absorb(a, a_axes, again, site.fan_in, specs=axis_specs((a, a_axes), (b, b_axes)))
         own_SO = arrange(own, own_axes, site.axes("SO"), site.dims("SO"))
@@ -99,16 +100,21 @@ def _order(site: Site) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return kept, site.axes("SO")
 
 
+def _wide(x: Any) -> Any:
+    return cast(x, promoted(x.dtype, jnp.float32))
+
+
 def _squared_norm(w: Any, w_axes: Sequence[int], fan_in: Collection[int]) -> jax.Array:
-    """`Σ W²` over the fan-in, the other axes in the leaf's order, float32."""
-    return jnp.sum(jnp.square(cast(w, jnp.float32)), axis=tuple(i for i, a in enumerate(w_axes) if a in fan_in))
+    """`Σ W²` over the fan-in, the other axes in the leaf's order, at least float32."""
+    return jnp.sum(jnp.square(_wide(w)), axis=tuple(i for i, a in enumerate(w_axes) if a in fan_in))
 
 
 def _cross(w: Any, w_axes: Sequence[int], fan_in: Collection[int], a: Factor, b: Factor) -> jax.Array:
-    """`Σ (WᵀA)∘Bᵀ` over fan-in and rank, the other axes in the leaf's order, float32."""
+    """`Σ (WᵀA)∘Bᵀ` over fan-in and rank, the other axes in the leaf's order, at least float32."""
     w = cast(w, promoted(w.dtype))
     specs = axis_specs((w, w_axes))
-    wa, axes = absorb(w, w_axes, [Factor(cast(a.array, w.dtype), a.axes)], fan_in, accumulate=jnp.float32, specs=specs)
+    wide = promoted(w.dtype, jnp.float32)
+    wa, axes = absorb(w, w_axes, [Factor(cast(a.array, w.dtype), a.axes)], fan_in, accumulate=wide, specs=specs)
     x, axes = absorb(wa, axes, [Factor(cast(b.array, wa.dtype), b.axes)], (), specs=specs)
     kept = [i for i in w_axes if i not in fan_in]
     return arrange(x, axes, kept, [w.shape[w_axes.index(i)] for i in kept])

@@ -30,6 +30,7 @@ class LoHa(LowRank):
         **{"a1": "SIR", "b1": "SRO", "a2": "SIQ", "b2": "SQO", "scale": "S"},
         **{"a": "SIRQ", "b": "SRQO"},
     }
+    sizes = ("rank",)
 
     def init(self, key: jax.Array, site: Site, base: Any) -> tuple[Arrays, Arrays]:
         """Draw three factors; the fourth is zero."""

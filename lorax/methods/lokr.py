@@ -30,6 +30,7 @@ class LoKr(LowRank):
     factor: int = -1
 
     arrays = {"c": "", "a": "", "b": "", "scale": "S"}
+    sizes = ("rank",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

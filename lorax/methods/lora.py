@@ -35,6 +35,7 @@ class LoRA(LowRank):
     bias: bool = False
 
     arrays = {"a": "SIR", "b": "SRO", "scale": "S", "a0": "SIR", "b0": "SRO", "bias": "SO", "shift": "SO"}
+    sizes = ("rank",)
     output_arrays = ("shift",)
 
     @property

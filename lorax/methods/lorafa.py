@@ -27,6 +27,7 @@ class LoRAFA(LowRank):
     """
 
     arrays = {"a": "SIR", "b": "SRO", "scale": "S", "b0": "SRO"}
+    sizes = ("rank",)
 
     def init(self, key: jax.Array, site: Site, base: Any) -> tuple[Arrays, Arrays]:
         """Draw the factors, of which `b` is trained."""

@@ -37,6 +37,8 @@ class LowRank(Method):
     dtype: Any = "float32"
     initializer: str = "uniform"
 
+    starts = ("alpha", "rank_stabilized", "initializer")
+
     def __post_init__(self) -> None:
         check(self)
         try:

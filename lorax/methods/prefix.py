@@ -34,8 +34,10 @@ class Prompt(Method):
     tokens: tuple[int, ...] = ()
     dtype: Any = "float32"
 
-    arrays = {"prompt": "PL", "tokens": "P"}
-    output_arrays = ("prompt",)
+    arrays = {"prompt": "PL", "tokens": "P", "mask": "P"}
+    output_arrays = ("prompt", "mask")
+    sizes = ("length",)
+    starts = ("tokens",)
     is_invertible = False
     acts_on_lookups = True
 
@@ -62,9 +64,13 @@ class Prompt(Method):
         rows = jnp.moveaxis(rows, site.axes("V")[0], 0)
         return {"prompt": rows.astype(self.dtype)}, {"tokens": tokens}
 
-    def output(self, y: Any, x: Any, *, prompt: Any) -> Any:
+    def carried(self, site: Site, common: Method) -> Arrays:
+        """Return which of the stack's positions are the member's."""
+        return {"mask": jnp.ones(self.length, bool)}
+
+    def output(self, y: Any, x: Any, *, prompt: Any, mask: Any = None) -> Any:
         """The looked-up rows, the first of them replaced."""
-        return y.with_first_positions(prompt)
+        return y.with_first_positions(prompt, mask)
 
 
 @register
@@ -89,8 +95,10 @@ class Prefix(Method):
     initial_std: float = 0.02
     dtype: Any = "float32"
 
-    arrays = {"prefix": "SPO"}
-    output_arrays = ("prefix",)
+    arrays = {"prefix": "SPO", "mask": "P"}
+    output_arrays = ("prefix", "mask")
+    sizes = ("length",)
+    starts = ("initial_std",)
     is_invertible = False
 
     def __post_init__(self) -> None:
@@ -107,6 +115,10 @@ class Prefix(Method):
         shape = site.dims("SPO", P=self.length)
         return {"prefix": self.initial_std * jax.random.normal(key, shape, self.dtype)}, {}
 
-    def output(self, y: Any, x: Any, *, prefix: Any) -> Any:
+    def carried(self, site: Site, common: Method) -> Arrays:
+        """Return which of the stack's positions are the member's."""
+        return {"mask": jnp.ones(self.length, bool)}
+
+    def output(self, y: Any, x: Any, *, prefix: Any, mask: Any = None) -> Any:
         """The output, its first positions replaced."""
-        return y.with_first_positions(prefix)
+        return y.with_first_positions(prefix, mask)

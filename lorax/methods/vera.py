@@ -41,6 +41,8 @@ class VeRA(Method):
     dtype: Any = "float32"
 
     arrays = {"d": "SR", "b": "SO", "shared_a": "IR", "shared_b": "RO"}
+    sizes = ("rank",)
+    starts = ("d_initial", "projection_seed")
 
     def __post_init__(self) -> None:
         check(self)

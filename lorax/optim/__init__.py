@@ -1,4 +1,4 @@
-"""Optax transformations of `adapter.params`: AdaLoRA's budget update, LoRA+'s rates, state in host memory.
+"""Optax transformations of `adapter.params`: AdaLoRA's budget, LoRA+'s rates, state in host memory, stacks.
 
 All else is optax as it is. Rates by factor, say, follow from `lorax.labels`:
 
@@ -16,6 +16,17 @@ All else is optax as it is. Rates by factor, say, follow from `lorax.labels`:
 from lorax.optim.adalora import AdaLoRAState, adalora
 from lorax.optim.lora_plus import lora_plus, lora_plus_groups
 from lorax.optim.offload import offload
+from lorax.optim.stacked import StackedState, stacked
 from lorax.optim.triplets import live_ranks, orthogonality
 
-__all__ = ["AdaLoRAState", "adalora", "live_ranks", "lora_plus", "lora_plus_groups", "offload", "orthogonality"]
+__all__ = [
+    "AdaLoRAState",
+    "StackedState",
+    "adalora",
+    "live_ranks",
+    "lora_plus",
+    "lora_plus_groups",
+    "offload",
+    "orthogonality",
+    "stacked",
+]

@@ -10,7 +10,7 @@ import optax
 
 from lorax.adapter import Adapter
 from lorax.optim.budget import Budget
-from lorax.optim.triplets import FACTORS, Triplets, best, initial_budget, penalty, target_budget, triplets
+from lorax.optim.triplets import FACTORS, Triplets, best, budgets, budgets_of, penalty, triplets
 
 Tree = Any
 
@@ -92,14 +92,12 @@ def adalora(
     (2, 4.0)
     """
     found = triplets(adapter)
-    budget = Budget(
-        initial=initial_budget(found),
-        target=target_budget(found),
-        total_steps=total_steps,
-        warmup_steps=warmup_steps,
-        final_steps=final_steps,
-        interval=interval,
-    )
+    start, end = budgets(found)
+    is_member = any(t.mask is not None for t in found)
+    pairs = dict.fromkeys(budgets_of(m.plan) for m in adapter.plan.members) if is_member else [(start, end)]
+    steps = {"warmup_steps": warmup_steps, "final_steps": final_steps, "interval": interval}
+    schedules = [Budget(initial=b0, target=bt, total_steps=total_steps, **steps) for b0, bt in pairs]
+    schedule = schedules[0]
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 < beta < 1:
             raise ValueError(f"adalora: {name} is {beta!r}; it has to lie in (0, 1)")
@@ -136,14 +134,17 @@ def adalora(
             lambda u, i, m: beta2 * u + (1 - beta2) * jnp.abs(i - m), state.uncertainty, importance, sensitivity
         )
         # The last choice is made with the scores of the step before it, as in PEFT; from then on none is needed.
-        newer = lambda new, old: jax.tree.map(lambda x, y: jnp.where(step < budget.last, x, y), new, old)
+        newer = lambda new, old: jax.tree.map(lambda x, y: jnp.where(step < schedule.last, x, y), new, old)
         sensitivity, uncertainty = newer(sensitivity, state.sensitivity), newer(uncertainty, state.uncertainty)
 
         worth = jax.tree.map(jnp.multiply, sensitivity, uncertainty)
-        chosen = best(found, [t.score(worth[t.path]) for t in found], budget.at(step))
-        is_due = budget.is_due(step)
+        # A member of a stack has one of several budgets, whose courses were worked out beforehand.
+        which = [(start == b0) & (end == bt) for b0, bt in pairs]
+        budget = jnp.select(which, [s.at(step) for s in schedules]) if is_member else schedule.at(step)
+        chosen = best(found, [t.score(worth[t.path]) for t in found], budget)
+        is_due = schedule.is_due(step)
         is_kept = jax.tree.map(lambda new, old: jnp.where(is_due, new, old), chosen, state.is_kept)
-        is_pruned = is_due | (step > budget.last)
+        is_pruned = is_due | (step > schedule.last)
         pruned = dict(updates)
         for t in found:
             old, new = params[t.path], updates[t.path]

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from lorax import compat
-from lorax.adapter import Adapter
+from lorax.adapter import Adapter, Plan
 from lorax.methods.adalora import AdaLoRA
 from lorax.sites import Site
 
@@ -30,11 +30,15 @@ class Triplets:
       site: the site.
       method: how many there are, and how many shall be left.
       is_adapted: bools of the stack's shape: a layer whose scale is zero is not adapted and has no part in the budget.
+      mask: bools S×R, the triplets that there are, of a member of `lorax.stack`; None is all.
+      budget: triplets a layer at the end; traced where there is a mask.
     """
 
     site: Site
     method: AdaLoRA
     is_adapted: np.ndarray
+    mask: Any = None
+    budget: Any = 0
 
     @property
     def path(self) -> str:
@@ -42,9 +46,9 @@ class Triplets:
         return self.site.path
 
     @property
-    def weights(self) -> int:
+    def weights(self) -> Any:
         """The number of weights: layers of the stack that are adapted."""
-        return int(np.sum(self.is_adapted))
+        return int(np.sum(self.is_adapted)) if self.mask is None else jnp.sum(jnp.any(self.mask, axis=-1))
 
     def fan_axes(self, name: str) -> tuple[int, ...]:
         """Return the axes of `A` along the fan-in, or those of `B` along the fan-out."""
@@ -68,16 +72,19 @@ class Triplets:
             sharding = jax.sharding.NamedSharding(mesh, jax.P(*spec[: len(stacked)], None, None))
         dims = ((fan, fan), (stacked, stacked))
         gram_SxRxR = lax.dot_general(x, x, dims, precision=lax.Precision.HIGHEST, out_sharding=sharding)
-        squared_S = jnp.sum((gram_SxRxR - jnp.eye(self.method.rank, dtype=x.dtype)) ** 2, axis=(-2, -1))
+        one_RxR = jnp.eye(self.method.rank, dtype=x.dtype)
+        one_SxRxR = one_RxR if self.mask is None else one_RxR * self.mask[..., None]
+        squared_S = jnp.sum((gram_SxRxR - one_SxRxR) ** 2, axis=(-2, -1))
         # The root has no derivative at zero, where the norm is least: its subgradient there is 0.
         is_some_S = self.is_adapted & (squared_S > 0)
         return jnp.sum(jnp.where(is_some_S, jnp.sqrt(jnp.where(is_some_S, squared_S, 1)), 0))
 
     def score(self, importance: Mapping[str, jax.Array]) -> jax.Array:
-        """Return `s(e) + mean s(A) + mean s(B)`, of shape S×R; -inf in a layer that is not adapted."""
+        """Return `s(e) + mean s(A) + mean s(B)`, of shape S×R; -inf where there is no triplet."""
         means = [jnp.mean(importance[name], axis=self.fan_axes(name)) for name in ("a", "b")]
         scores_SxR = importance["e"] + means[0] + means[1]
-        return jnp.where(self.is_adapted[..., None], scores_SxR, -jnp.inf)
+        is_there = self.is_adapted[..., None] if self.mask is None else self.is_adapted[..., None] & self.mask
+        return jnp.where(is_there, scores_SxR, -jnp.inf)
 
 
 def triplets(adapter: Adapter) -> list[Triplets]:
@@ -89,7 +96,14 @@ def triplets(adapter: Adapter) -> list[Triplets]:
     found = []
     for site, method in adapter.plan.entries:
         if isinstance(method, AdaLoRA):
-            found.append(Triplets(site, method, _is_adapted(site, adapter.state[site.path]["scale"])))
+            state = adapter.state[site.path]
+            mask, budget = state.get("mask"), state.get("budget", method.budget)
+            if mask is not None and mask.ndim != len(site.stack) + 1:
+                raise ValueError(
+                    f"{site.path}: a stack's members have budgets of their own; use lorax.optim.stacked("
+                    "lambda adapter: lorax.optim.adalora(optax.adam(1e-3), adapter, ...), stack)"
+                )
+            found.append(Triplets(site, method, _is_adapted(site, state["scale"]), mask, budget))
     if not found:
         kinds = ", ".join(sorted({type(m).__name__ for _, m in adapter.plan.entries})) or "nothing"
         raise ValueError(f"no site of the adapter has AdaLoRA; it has {kinds}. Use the inner optimiser as it is")
@@ -105,7 +119,7 @@ def _is_adapted(site: Site, scale: Any) -> np.ndarray:
 def penalty(found: Sequence[Triplets], params: Any) -> jax.Array:
     """Return the mean of `‖PᵀP − 1‖` over the factors `P` of all weights."""
     total = sum(t.defect(name, params[t.path][name]) for t in found for name in ("a", "b"))
-    return jnp.asarray(total) / (2 * max(1, sum(t.weights for t in found)))
+    return jnp.asarray(total) / (2 * jnp.maximum(1, sum(t.weights for t in found)))
 
 
 def best(found: Sequence[Triplets], scores: Sequence[jax.Array], budget: Any) -> dict[str, jax.Array]:
@@ -155,11 +169,13 @@ def live_ranks(adapter: Adapter) -> dict[str, jax.Array]:
     return {t.path: jnp.sum(adapter.params[t.path]["e"] != 0, axis=-1) for t in triplets(adapter)}
 
 
-def initial_budget(found: Sequence[Triplets]) -> int:
-    """Return the number of triplets at the start."""
-    return sum(t.weights * t.method.rank for t in found)
+def budgets(found: Sequence[Triplets]) -> tuple[Any, Any]:
+    """Return the number of triplets at the start and at the end; traced for a member of a stack."""
+    start = sum(t.weights * t.method.rank if t.mask is None else jnp.sum(t.mask) for t in found)
+    return start, sum(t.weights * t.budget for t in found)
 
 
-def target_budget(found: Sequence[Triplets]) -> int:
-    """Return the number of triplets at the end."""
-    return sum(t.weights * t.method.budget for t in found)
+def budgets_of(plan: Plan) -> tuple[int, int]:
+    """Return the same of a plan, all of whose layers are adapted."""
+    weights = [(site.size("S"), method) for site, method in plan.entries if isinstance(method, AdaLoRA)]
+    return sum(n * method.rank for n, method in weights), sum(n * method.budget for n, method in weights)
