@@ -4,7 +4,7 @@
 trainable partition, and `adapt` evaluates the unchanged function with it. See the README for a first example.
 """
 
-from lorax import checkpoint, optim, peft
+from lorax import analysis, checkpoint, optim, peft
 from lorax import interpret as _interpret  # noqa: F401  fills the rule tables
 from lorax.adapt import adapt, explain
 from lorax.adapter import Adapter, init, join, labels, mask, split
@@ -60,6 +60,7 @@ __all__ = [
     "TrainableTokens",
     "VeRA",
     "adapt",
+    "analysis",
     "checkpoint",
     "dequantize",
     "eva",

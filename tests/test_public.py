@@ -13,9 +13,10 @@ import lorax.checkpoint
 
 NAMES = {
     "AdaLoRA", "Adapter", "Bottleneck", "DoRA", "FP4", "Full", "IA3", "Int4", "Int8", "LoHa", "LoKr", "LoRA", "LoRAFA",
-    "Method", "NF4", "Prefix", "Prompt", "Site", "Sites", "Spec", "TrainableTokens", "VeRA", "adapt", "checkpoint",
-    "dequantize", "eva", "explain", "init", "join", "labels", "loftq", "mask", "merge", "merge_quantized", "optim",
-    "peft", "prefix_from", "quantize", "register", "restore", "save", "split", "trace", "unmerge", "__version__",
+    "Method", "NF4", "Prefix", "Prompt", "Site", "Sites", "Spec", "TrainableTokens", "VeRA", "adapt", "analysis",
+    "checkpoint", "dequantize", "eva", "explain", "init", "join", "labels", "loftq", "mask", "merge", "merge_quantized", "optim",
+    "peft", "prefix_from", "quantize", "register", "restore", "save", "select", "split", "stack", "trace",
+    "unmerge", "unstack", "__version__",
 }  # fmt: skip
 LOW_RANK = "rank=8, alpha=None, rank_stabilized=False, dropout=0.0, dtype='float32', initializer='uniform'"
 
@@ -63,6 +64,20 @@ SIGNATURES = {
         "orthogonal_weight=0.5)"
     ),
     "optim.live_ranks": "(adapter)",
+    "optim.stacked": "(make, stack, **settings)",
+    "stack": "(adapters)",
+    "unstack": "(adapter)",
+    "select": "(adapter, index)",
+    "analysis.subspace_similarity": "(a, b, i, j)",
+    "analysis.subspace_map": "(a, b)",
+    "analysis.spectra": "(adapter, params=None)",
+    "analysis.effective_rank": "(values)",
+    "analysis.stable_rank": "(values)",
+    "analysis.amplification": "(params, adapter, path, rank=None)",
+    "analysis.cosine": "(a, b, params=None)",
+    "analysis.parameters": "(adapter)",
+    "analysis.rank_for_budget": "(make, sites, budget)",
+    "analysis.flops": "(fn, *args, while_trips=None)",
     "optim.lora_plus_groups": "(adapter)",
     "optim.offload": "(inner)",
     "optim.orthogonality": "(adapter)",

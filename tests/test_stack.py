@@ -293,7 +293,7 @@ def test_a_member_that_diverges_stops_and_leaves_the_others_alone() -> None:
 
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
-def test_a_loss_or_an_update_that_is_not_finite_stops_a_member(value: Any) -> None:
+def test_a_loss_or_a_setting_that_is_not_finite_stops_a_member(value: Any) -> None:
     stack = lorax.stack(lora_pair())
     tx = lorax.optim.stacked(lambda adapter, rate: optax.sgd(rate), stack, rate=[0.1, 0.1])
     ones = jax.tree.map(jnp.ones_like, stack.params)

@@ -53,8 +53,8 @@ class Activation:
     def with_first_positions(self, values: Expression, mask: Expression | None = None) -> Activation:
         """Replace the first positions; `values` spans them along a bond, and the weight's axes.
 
-        An activation that has no more positions than that is left alone: a decoder's later tokens. Where there is a
-        `mask` of bools over the bond, first true and then false, only the true ones count.
+        An activation that has no more positions than that is left alone: a decoder's later tokens. Of values with a
+        `mask`, bools over the bond, those count that it marks, which are the first ones.
 
         Raises:
           ValueError: the activation has no sequence axis.
@@ -66,24 +66,17 @@ class Activation:
             raise ValueError(f"{count} positions are to be replaced, and the activation has no axis of positions")
         at = self.axes.index(self.positions)
         there = self.array.shape[at]
-        axes = tuple(self.positions if a == bond else a for a in factor.axes)
-        new = factor.array
-        if mask is not None:  # some of the vectors, as many as there is room for
-            ((flags,),) = [t.factors for t in mask.terms]
-            is_new = flags.array & (jnp.sum(flags.array) < there)
-            count = min(count, there)
-            new, is_new = (
-                lax.slice_in_dim(x, 0, count, axis=i) for x, i in ((new, axes.index(self.positions)), (is_new, 0))
-            )
-        elif there <= count:
+        if mask is None and there <= count:
             return self
-        shape = (*self.array.shape[:at], count, *self.array.shape[at + 1 :])
-        first = cast(arrange(new, axes, self.axes, shape), self.array.dtype)
+        first = lax.slice_in_dim(self.array, 0, min(count, there), axis=at)
+        axes = tuple(self.positions if a == bond else a for a in factor.axes)
+        new = lax.slice_in_dim(factor.array, 0, min(count, there), axis=axes.index(self.positions))
+        new = cast(arrange(new, axes, self.axes, first.shape), self.array.dtype)
         if mask is not None:
-            old = lax.slice_in_dim(self.array, 0, count, axis=at)
-            first = jnp.where(is_new.reshape(count, *(1,) * (self.array.ndim - at - 1)), first, old)
-        array = lax.dynamic_update_slice_in_dim(self.array, first, 0, at)
-        return dataclasses.replace(self, array=array)
+            marks = mask.terms[0].factors[0].array
+            is_new = marks[:there] & (jnp.sum(marks) < there)
+            new = jnp.where(lax.expand_dims(is_new, range(1, self.array.ndim - at)), new, first)
+        return dataclasses.replace(self, array=lax.dynamic_update_slice_in_dim(self.array, new, 0, at))
 
 
 def _cast(expression: Expression, dtype: Any) -> list[Factor]:

@@ -15,8 +15,8 @@ All else is optax as it is. Rates by factor, say, follow from `lorax.labels`:
 
 from lorax.optim.adalora import AdaLoRAState, adalora
 from lorax.optim.lora_plus import lora_plus, lora_plus_groups
+from lorax.optim.members import StackedState, stacked
 from lorax.optim.offload import offload
-from lorax.optim.stacked import StackedState, stacked
 from lorax.optim.triplets import live_ranks, orthogonality
 
 __all__ = [

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lorax import compat
 from lorax.adapter import Adapter
 from lorax.methods.base import OF_A_MEMBER
 
@@ -19,7 +20,7 @@ class StackedState(NamedTuple):
     Attributes:
       settings: what each member's optimiser is made with. They may be replaced by other arrays of these shapes at any
         time, without recompiling: `state._replace(settings={**state.settings, "learning_rate": rates})`.
-      diverged: bools; a member is stopped from the first update on that is not finite, or whose loss or gradient is.
+      diverged: bools; a member is stopped from the first update on whose loss, gradient or settings are not finite.
       inner: the members' own states.
       marks: what the adapters' states say of the members: masks, budgets, scales.
     """
@@ -36,8 +37,8 @@ def stacked(
     """Train each member of a stack by an optimiser of its own, all in one program.
 
     What an optimiser does to a gradient as a whole, such as clipping its norm, it does to each member's. A member whose
-    loss, gradient or update is not finite is stopped there for good: its parameters and its optimiser's state stay what
-    they were before that update, and the others do not notice.
+    loss or gradient is not finite is stopped there for good: its parameters and its optimiser's state stay what they
+    were before that update, and the others do not notice.
 
     Args:
       make: `make(adapter, **settings) -> optimiser` of one member, with its settings as scalars. It is called under
@@ -48,7 +49,7 @@ def stacked(
 
     Returns:
       A transformation of gradients shaped like `stack.params`. `update` takes the members' losses as `value`, an array
-      with one number a member; without it only gradients and updates tell who diverged. `state.diverged` says it.
+      with one number a member; without it only the gradients tell who diverged. `state.diverged` says it.
 
     Raises:
       ValueError: a setting has neither one value nor one a member.
@@ -86,7 +87,8 @@ def stacked(
 
     def init(params: Any) -> StackedState:
         inner = jax.vmap(lambda s, m, p: of_member(s, m, p).init(p))(per_member, marks, params)
-        return StackedState(per_member, jnp.zeros(count, bool), inner, marks)
+        own = jax.tree.map(jnp.copy, (per_member, marks))  # a step may donate both the stack and this state
+        return StackedState(own[0], jnp.zeros(count, bool), inner, own[1])
 
     def update(
         updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra: Any
@@ -94,8 +96,7 @@ def stacked(
         def one(settings: Any, has_diverged: Any, inner: Any, marks: Any, grads: Any, params: Any, value: Any) -> Any:
             more = extra if value is None else {**extra, "value": value}
             moved, new = of_member(settings, marks, params).update(grads, inner, params, **more)
-            numbers = jax.tree.leaves((grads, value, moved))
-            has_diverged |= ~jnp.stack([jnp.all(jnp.isfinite(x)) for x in numbers]).all()
+            has_diverged |= ~_is_finite((settings, grads, value))
             still = lambda new, old: jnp.where(has_diverged, old, new)
             moved = jax.tree.map(lambda x: still(x, jnp.zeros_like(x)), moved)
             return moved, has_diverged, jax.tree.map(still, new, inner)
@@ -106,6 +107,14 @@ def stacked(
         return moved, StackedState(state.settings, diverged, inner, state.marks)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_finite(tree: Any) -> jax.Array:
+    """Tell whether all numbers are finite, by one reduction: one for each array would be a third of the program."""
+    arrays = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
+    if any(compat.explicit_mesh(x) is not None for x in arrays):  # arrays that are split cannot be joined
+        return jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays]).all()
+    return jnp.all(jnp.isfinite(jnp.concatenate([x.ravel() for x in arrays])))
 
 
 def _marks(stack: Adapter) -> Any:
