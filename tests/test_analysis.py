@@ -69,6 +69,24 @@ def test_an_update_is_what_merging_adds(form: str, method: str) -> None:
         assert pair[0].shape[2] <= 5, "wider than LoHa's rank² and VeRA's 5"
 
 
+def test_a_copy_beside_factors_is_no_sum_of_the_base_and_factors() -> None:
+    @lorax.register
+    class CopyAndFactors(lorax.Method):
+        arrays = {"value": "W", "a": "SIR", "b": "SRO"}
+
+        def init(self, key: Any, site: lorax.Site, base: Any) -> Any:
+            a, b = jnp.ones(site.dims("SIR", R=1)), jnp.zeros(site.dims("SRO", R=1))
+            return {"value": base, "a": a, "b": b}, {}
+
+        def weight(self, w: Any, *, value: Any, a: Any, b: Any) -> Any:
+            return value + a @ b
+
+    fn, params, x = lambda p, x: x @ p["w"], {"w": normal(1, 4, 3)}, normal(2, 2, 4)
+    adapter = adapter_for(fn, params, x, method=CopyAndFactors())
+    assert analysis.factors(adapter, "w", params) is None
+    assert_close(analysis.delta(params, adapter, "w"), lorax.merge(params, adapter)["w"] - params["w"])
+
+
 @pytest.mark.parametrize(("form", "method"), [("linear", "LoRA"), ("nested scan", "PiSSA"), ("heads out", "DoRA")])
 def test_the_singular_values_are_those_of_the_built_update(form: str, method: str) -> None:
     params, adapter = FORMS[form].params, moved(form, method)
@@ -333,6 +351,10 @@ def test_other_control_flow() -> None:
         analysis.flops(loop, w, x)
     counting = lambda x: lax.while_loop(lambda x: x[0, 0] > 0, jnp.sin, x)
     assert analysis.flops(counting, x) == 0
+    ruled = jax.custom_vjp(lambda x, w: x @ w)
+    ruled.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+    assert analysis.flops(lambda w, x: jax.nn.relu(ruled(x, w)), w, x) == PRODUCT
+    assert analysis.flops(jax.grad(lambda w, x: jnp.sum(ruled(x, w))), w, x) == PRODUCT, "of w alone"
     mesh = jax.sharding.AbstractMesh((2, 3), ("i", "j"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     mapped = jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(jax.P(), jax.P("i")), out_specs=jax.P("i"))
     assert analysis.flops(mapped, w, f32(10, 8)) == 3 * 2 * PRODUCT, "the axis j does the same three times"

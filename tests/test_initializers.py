@@ -137,6 +137,7 @@ def case(name: str) -> tuple[Any, Any, Any]:
     return fn, {"w": normal(1, *w)}, jnp.array([[0, 6, 3]]) if x == "ids" else normal(2, *x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("initializer", READ_OFF)
 @pytest.mark.parametrize("name", CASES)
 def test_in_every_layout_the_function_is_unchanged(name: str, initializer: str) -> None:

@@ -118,6 +118,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("initializer", ["uniform", "pissa"])
 @pytest.mark.parametrize("name", CASES)
 def test_in_every_layout_and_layer_the_error_falls(name: str, initializer: str) -> None:

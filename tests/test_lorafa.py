@@ -56,6 +56,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("initializer", ["uniform", "pissa", "olora"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_in_every_layout(layout: str, initializer: str) -> None:

@@ -167,6 +167,7 @@ OPTIMISERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_state_lives_on_the_host_and_the_numbers_are_the_same(name: str) -> None:
     adapter = randomised(make())

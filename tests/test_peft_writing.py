@@ -216,6 +216,7 @@ def test_rows_of_a_table(tmp_path):
     np.testing.assert_array_equal(rows, adapter.params["embed/embedding"]["value"])
 
 
+@pytest.mark.slow
 def test_an_adapter_trained_on_after_reading_is_written_as_it_is(tmp_path):
     """Padding is a fixed point of training, and stays out of the files; changed layers of a saved stack come in."""
     base = decoder()
@@ -271,6 +272,7 @@ def test_bfloat16_params_and_factors(tmp_path):
     assert_identical(again.params, adapter.params)
 
 
+@pytest.mark.slow
 def test_pruned_triplets_are_left_out(tmp_path):
     """An adapter whose budget updates have set some of `e` to zero, in one layer all."""
     base = decoder()

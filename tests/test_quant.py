@@ -209,6 +209,7 @@ def within(format: Format, weight: Any, got: Any) -> None:
     assert float(jnp.abs(got.astype(jnp.float32) - weight.astype(jnp.float32)).max()) <= limit
 
 
+@pytest.mark.slow
 @each_format
 @pytest.mark.parametrize(
     ("shape", "settings"),

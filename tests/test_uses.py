@@ -64,6 +64,7 @@ def test_any_einsum_agrees_and_is_factored(drawn: tuple[str, dict[str, int], int
     assert_agrees(fn, params, adapter, activation)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, derandomize=True, phases=PHASES)
 @given(einsums())
 def test_any_einsum_finds_its_axes_and_its_value_by_hand(drawn: tuple[str, dict[str, int], int]) -> None:

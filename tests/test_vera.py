@@ -167,6 +167,7 @@ def test_a_high_rank_is_no_mistake() -> None:
 # The adapter as a pytree.
 
 
+@pytest.mark.slow
 def test_partitions_and_transformations() -> None:
     adapter = randomised(made())
     frozen, trainable = lorax.split(PARAMS, adapter)
