@@ -11,20 +11,18 @@ loss was not finite (the last good state is saved); 143 after SIGTERM and 130 af
 saved: start again to go on).
 """
 
-import itertools
-import runpy
 import shlex
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
-from experiments.training.settings import check_overrides
+from experiments import command_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="file with the settings, such as configs/quickstart.py")
 
-EXIT_WRONG_INPUT, EXIT_USAGE, EXIT_NOT_FINITE = 1, 2, 3
+EXIT_WRONG_INPUT, EXIT_NOT_FINITE = 1, 3
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,30 +48,6 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> list[str]:
-    """Parse the command line; an unknown setting ends the process with the nearest known one."""
-    try:
-        path = _config_path(arguments)
-        if path:
-            # ml_collections would show a traceback and, for some names, nothing near
-            check_overrides(arguments, runpy.run_path(path)["get_config"]())
-        rest = flags.FLAGS(list(arguments))
-    except (ValueError, TypeError, OSError, flags.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
-    if flags.FLAGS["verbosity"].using_default_value:
-        flags.FLAGS.verbosity = logging.WARNING  # absl.app would turn on INFO, which orbax fills pages with
-    return rest
-
-
-def _config_path(arguments: Sequence[str]) -> str | None:
-    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
-        name, has_value, value = argument.partition("=")
-        if name in ("--config", "-config"):
-            return value if has_value else following
-    return None
-
-
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=command_line.parse)

@@ -144,6 +144,21 @@ def test_a_quantised_base_is_what_it_stands_for() -> None:
     assert not np.allclose(from_full, from_plain, atol=1e-4)
 
 
+def test_factors_that_are_split_over_a_mesh() -> None:
+    """Types say so on a mesh with explicit axes, of one device too."""
+    params, adapter = FORMS["nested scan"].params, moved("nested scan", "LoRA")
+    of = lambda a: (analysis.spectra(a), analysis.cosine(a, a), analysis.o_lora_penalty([a], a))
+    want = run(of, adapter)
+    mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    put = lambda x, *axes: jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, None, *axes)))
+    a, b = adapter.params["w"]["a"], adapter.params["w"]["b"]
+    split = adapter.replace(params={"w": {"a": put(a, "x", None), "b": put(b, None, "y")}})
+    with jax.set_mesh(mesh):
+        assert_close(of(split), want)
+        base = {"w": put(params["w"], "x", "y")}
+        assert_close(analysis.delta(base, split, "w"), run(lambda a: analysis.delta(params, a, "w"), adapter))
+
+
 def test_ranks_of_a_spectrum() -> None:
     values = jnp.array([[4.0, 2.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     entropy = 0.5 * np.log(2) + 2 * 0.25 * np.log(4)

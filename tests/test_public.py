@@ -14,8 +14,8 @@ import lorax.checkpoint
 NAMES = {
     "AdaLoRA", "Adapter", "Bottleneck", "DoRA", "FP4", "Full", "IA3", "Int4", "Int8", "LoHa", "LoKr", "LoRA", "LoRAFA",
     "Method", "NF4", "Prefix", "Prompt", "Site", "Sites", "Spec", "TrainableTokens", "VeRA", "adapt", "analysis",
-    "checkpoint", "dequantize", "eva", "explain", "init", "join", "labels", "loftq", "mask", "merge", "merge_quantized", "optim",
-    "peft", "prefix_from", "quantize", "register", "restore", "save", "select", "split", "stack", "trace",
+    "checkpoint", "dequantize", "eva", "explain", "init", "join", "labels", "loftq", "mask", "merge", "merge_quantized",
+    "optim", "peft", "prefix_from", "quantize", "register", "restore", "save", "select", "split", "stack", "trace",
     "unmerge", "unstack", "__version__",
 }  # fmt: skip
 LOW_RANK = "rank=8, alpha=None, rank_stabilized=False, dropout=0.0, dtype='float32', initializer='uniform'"

@@ -38,18 +38,23 @@ def read(directory: pathlib.Path) -> RunLogs:
         raise ValueError(f"{directory}: no config.json here; give the directory of a run, such as runs/quickstart")
     return RunLogs(
         directory=directory,
-        config=_json(directory / "config.json"),
-        environment=_json(directory / "environment.json"),
-        sites=_json(directory / "sites.json").get("sites", []),
-        budget=_json(directory / "budget.json"),
+        config=read_object(directory / "config.json"),
+        environment=read_object(directory / "environment.json"),
+        sites=read_object(directory / "sites.json").get("sites", []),
+        budget=read_object(directory / "budget.json"),
         steps=metrics.read_metrics(directory / "metrics.jsonl"),
-        before=_json(directory / "evaluation" / "before.json"),
-        after=_json(directory / "evaluation" / "after.json"),
-        result=_json(directory / "result.json"),
+        before=read_object(directory / "evaluation" / "before.json"),
+        after=read_object(directory / "evaluation" / "after.json"),
+        result=read_object(directory / "result.json"),
     )
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """Return the JSON object in a file; empty where there is no file.
+
+    Raises:
+        ValueError: if the file holds something else.
+    """
     if not path.is_file():
         return {}
     try:

@@ -1,10 +1,11 @@
 """The sections on what a run is made of: parameters and bytes, adapted leaves, and how to repeat it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.report import text
 from experiments.report.logs import RunLogs
-from experiments.report.markup import Markup, element, section, table
+from experiments.report.markup import Markup, element, key_values, section, table
 
 MANY_ROWS = 14  # a longer table scrolls inside its card
 
@@ -111,27 +112,24 @@ def reproduce(run: RunLogs) -> Markup:
         (name, run.environment[name]) for name in ("platform", "devices", "cores", "seed") if name in run.environment
     ]
     command = run.environment.get("command")
-    settings = element("pre", "\n".join(_settings(run.config)))
+    every = element("pre", "\n".join(settings(run.config)))
     return section(
         "reproduce",
         "Reproduce",
         element("div", element("pre", element("code", command)), class_="card command") if command else None,
-        element("div", _key_values("This run", facts), _key_values("Versions", versions), class_="two"),
-        element("details", element("summary", "All settings"), element("div", settings, class_="card below")),
+        element("div", key_values("This run", facts), key_values("Versions", versions), class_="two"),
+        element("details", element("summary", "All settings"), element("div", every, class_="card below")),
     )
 
 
-def _key_values(caption: str, rows: list[tuple[str, Any]]) -> Markup | None:
-    if not rows:
-        return None
-    body = [element("tr", element("th", key, scope="row"), element("td", value)) for key, value in rows]
-    whole = element("table", element("caption", caption), element("tbody", *body), class_="key-values")
-    return element("div", whole, class_="card")
+def settings(config: Mapping[str, Any], prefix: str = "config") -> list[str]:
+    """Return a line for each setting, as the command line would name it.
 
-
-def _settings(config: dict[str, Any], prefix: str = "config") -> list[str]:
+    >>> settings({"lora": {"rank": 8}})
+    ['config.lora.rank = 8']
+    """
     lines = []
     for key, value in config.items():
         name = f"{prefix}.{key}"
-        lines += _settings(value, name) if isinstance(value, dict) else [f"{name} = {value!r}"]
+        lines += settings(value, name) if isinstance(value, dict) else [f"{name} = {value!r}"]
     return lines

@@ -1,6 +1,7 @@
 """HTML from Python: `element("p", "a < b", class_="lead")`; text is escaped, markup is not."""
 
 import html
+from collections.abc import Sequence
 
 
 class Markup(str):
@@ -75,3 +76,12 @@ def table(
     whole = element("table", element("thead", element("tr", *head)), element("tbody", *body))
     classes = "scroll tall" if tall else "scroll"
     return element("div", whole, class_=classes, role="region", aria_label=label, tabindex=0)
+
+
+def key_values(caption: str, rows: Sequence[tuple[str, object]]) -> Markup | None:
+    """Return a card with a name and a value in each row; None where there are no rows."""
+    if not rows:
+        return None
+    body = [element("tr", element("th", key, scope="row"), element("td", value)) for key, value in rows]
+    whole = element("table", element("caption", caption), element("tbody", *body), class_="key-values")
+    return element("div", whole, class_="card")

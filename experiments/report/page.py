@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Sequence
 
 from experiments.report import curves, logs, makeup, outcome
 from experiments.report.markup import Markup, element, join
@@ -19,21 +20,33 @@ def render(run: logs.RunLogs) -> str:
         makeup.sites,
         makeup.reproduce,
     )
-    head = join(
-        Markup('<meta charset="utf-8">'),
-        Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-        Markup(f'<meta http-equiv="Content-Security-Policy" content="{_NOTHING_FROM_OUTSIDE}">'),
-        element("title", f"{run.config['name']}: fine-tuning report"),
-        element("style", _asset("page.css")),
-    )
     again = f"python -m experiments.report {run.config['run_dir']}"
     body = join(
         outcome.header(run),
         element("main", *(section(run) for section in sections)),
         element("footer", "Made from the logs of the run; ", element("code", again), " makes it again."),
-        element("script", _asset("page.js")),
     )
-    return f'<!doctype html>\n<html lang="en">\n{element("head", head)}\n{element("body", body)}\n</html>\n'
+    return whole(f"{run.config['name']}: fine-tuning report", ["page.css"], body, ["page.js", "copy.js"])
+
+
+def whole(title: str, styles: Sequence[str], body: Markup, scripts: Sequence[str]) -> str:
+    """Return an HTML text that refers to nothing outside itself.
+
+    Args:
+        title: of the window.
+        styles: files beside this one whose text is put into the head.
+        body: of the page.
+        scripts: files beside this one whose text is put after the body, in one element.
+    """
+    head = join(
+        Markup('<meta charset="utf-8">'),
+        Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{_NOTHING_FROM_OUTSIDE}">'),
+        element("title", title),
+        *(element("style", _asset(name)) for name in styles),
+    )
+    end = join(body, element("script", Markup("\n".join(map(_asset, scripts)))))
+    return f'<!doctype html>\n<html lang="en">\n{element("head", head)}\n{element("body", end)}\n</html>\n'
 
 
 def _asset(name: str) -> Markup:
@@ -46,8 +59,12 @@ def write(directory: pathlib.Path) -> pathlib.Path:
     Raises:
         ValueError: if that is no run's directory, or a log in it is not what a run writes.
     """
-    path = directory / "report.html"
-    temporary = path.with_name("report.html.tmp")
-    temporary.write_text(render(logs.read(directory)), encoding="utf-8")
+    return put(directory / "report.html", render(logs.read(directory)))
+
+
+def put(path: pathlib.Path, written: str | bytes) -> pathlib.Path:
+    """Write a file whole or not at all, and return its path."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(written if isinstance(written, bytes) else written.encode())
     os.replace(temporary, path)
     return path

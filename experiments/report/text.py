@@ -67,3 +67,28 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def seconds(value: float) -> str:
+    """Return a short time with its unit.
+
+    >>> seconds(0.00042), seconds(0.0123), seconds(4.567), seconds(252)
+    ('0.42 ms', '12.3 ms', '4.57 s', '4 min 12 s')
+    """
+    if value < 1:
+        return f"{number(1000 * value)} ms"
+    return f"{number(value)} s" if value < 60 else duration(value)
+
+
+def rate(value: object) -> str:
+    """Return a learning rate.
+
+    >>> rate(0.0001), rate(0.0003), rate(0.05), rate(None)
+    ('1e-4', '3e-4', '0.05', '')
+    """
+    if not isinstance(value, float | int):
+        return "" if value is None else str(value)
+    if value >= 0.01 or value <= 0:
+        return f"{value:g}"
+    mantissa, power = f"{value:.3e}".split("e")
+    return f"{float(mantissa):g}e{int(power)}"

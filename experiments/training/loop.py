@@ -119,7 +119,7 @@ class _Run:
         # as a table, because what is computed on the device during an update waits for it
         self.learning_rates = np.asarray(optimiser.schedule(config.train)(jnp.arange(config.train.steps)))
         recipe = recipes.find(config)
-        transformation = recipe.optimiser(config, adapter)
+        transformation = recipe.optimiser(config, adapter, optimiser.rates(config.train))
         self.update = step.train_step(loss, transformation, offload=config.train.offload, terms=recipe.terms)
         if config.train.offload:
             transformation = lorax.optim.offload(transformation)

@@ -1,6 +1,6 @@
 """AdamW with a warm-up, a cosine and clipping, from the settings of a run, and what some methods need instead."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,18 @@ import optax
 from ml_collections import config_dict
 
 import lorax
+
+
+class Rates(NamedTuple):
+    """What an optimiser takes besides the settings that all runs of a program share: numbers, or traced ones."""
+
+    learning_rate: optax.ScalarOrSchedule
+    weight_decay: Any
+
+
+def rates(train: config_dict.ConfigDict) -> Rates:
+    """Return the rates of a run."""
+    return Rates(schedule(train), train.weight_decay)
 
 
 def schedule(train: config_dict.ConfigDict) -> optax.Schedule:
@@ -21,27 +33,30 @@ def schedule(train: config_dict.ConfigDict) -> optax.Schedule:
     )
 
 
-def adamw(train: config_dict.ConfigDict) -> optax.GradientTransformation:
+def adamw(config: config_dict.ConfigDict, adapter: lorax.Adapter, rates: Rates) -> optax.GradientTransformation:
     """Return the optimiser of the trainable parameters.
 
     The gradient's global norm is clipped to `clip_norm` first. Decay acts on the factors: on the adapter's
     weights, not on the base.
     """
-    return optax.chain(optax.clip_by_global_norm(train.clip_norm), optax.adamw(schedule(train), **_settings(train)))
+    train = config.train
+    moved = optax.adamw(rates.learning_rate, weight_decay=rates.weight_decay, b1=train.beta1, b2=train.beta2)
+    return optax.chain(optax.clip_by_global_norm(train.clip_norm), moved)
 
 
-def lora_plus(config: config_dict.ConfigDict, adapter: lorax.Adapter) -> optax.GradientTransformation:
+def lora_plus(config: config_dict.ConfigDict, adapter: lorax.Adapter, rates: Rates) -> optax.GradientTransformation:
     """Return the same with `lora_plus.ratio` times the learning rate for every `B`."""
     train = config.train
-    rates = lorax.optim.lora_plus(adapter, schedule(train), ratio=config.lora_plus.ratio, **_settings(train))
-    return optax.chain(optax.clip_by_global_norm(train.clip_norm), rates)
+    settings = {"weight_decay": rates.weight_decay, "b1": train.beta1, "b2": train.beta2}
+    moved = lorax.optim.lora_plus(adapter, rates.learning_rate, ratio=config.lora_plus.ratio, **settings)
+    return optax.chain(optax.clip_by_global_norm(train.clip_norm), moved)
 
 
-def adalora(config: config_dict.ConfigDict, adapter: lorax.Adapter) -> optax.GradientTransformation:
+def adalora(config: config_dict.ConfigDict, adapter: lorax.Adapter, rates: Rates) -> optax.GradientTransformation:
     """Return `adamw` with AdaLoRA's regulariser, which is clipped too, and budget."""
     settings, steps = config.adalora, config.train.steps
     return lorax.optim.adalora(
-        adamw(config.train),
+        adamw(config, adapter, rates),
         adapter,
         total_steps=steps,
         warmup_steps=steps // 10 if settings.warmup_steps < 0 else settings.warmup_steps,
@@ -49,10 +64,6 @@ def adalora(config: config_dict.ConfigDict, adapter: lorax.Adapter) -> optax.Gra
         interval=settings.interval,
         orthogonal_weight=settings.orthogonal_weight,
     )
-
-
-def _settings(train: config_dict.ConfigDict) -> dict[str, Any]:
-    return {"b1": train.beta1, "b2": train.beta2, "weight_decay": train.weight_decay}
 
 
 def held(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

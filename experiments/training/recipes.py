@@ -16,11 +16,13 @@ from experiments.training.settings import EVERY_LINEAR
 
 Config = config_dict.ConfigDict
 Rules = dict[str, lorax.Method]
-Optimiser = Callable[[Config, lorax.Adapter], optax.GradientTransformation]
+Optimiser = Callable[[Config, lorax.Adapter, optimiser.Rates], optax.GradientTransformation]
 
 KEY_VALUE = (r"layers/attn/(key|value)/kernel",)
 HOULSBY = (r"layers/attn/out/kernel", r"layers/mlp/down/kernel")
 PFEIFFER = (r"layers/mlp/down/kernel",)
+EMBEDDING = (r"embed/embedding",)
+EVERYTHING = (r".*",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,10 @@ class Recipe:
 
     Attributes:
         rules: makes the spec's rules of the settings and the patterns of the targets.
-        targets: what is adapted when `config.lora.targets` is empty.
-        optimiser: makes the optimiser of the settings and the adapter.
+        targets: what is adapted in a model of the Llama family when `config.lora.targets` is empty.
+        placement: what a study's problem calls the leaves of a method that is not put where others are.
+        size: the setting that says how large the method is, where there is one.
+        optimiser: makes the optimiser of the settings, the adapter, and the rates.
         terms: numbers of an adapter to log beside the loss, which has no part of them.
         has_placeholders: whether it learns the first positions of every example.
         is_quantising: whether it quantises the base itself, with a view to the adapter.
@@ -40,7 +44,9 @@ class Recipe:
 
     rules: Callable[[Config, Sequence[str]], Rules]
     targets: tuple[str, ...] = EVERY_LINEAR
-    optimiser: Optimiser = lambda config, adapter: optimiser.adamw(config.train)
+    placement: str = ""
+    size: str = "lora.rank"
+    optimiser: Optimiser = optimiser.adamw
     terms: Callable[[lorax.Adapter], dict[str, jax.Array]] = lambda adapter: {}
     has_placeholders: bool = False
     is_quantising: bool = False
@@ -111,17 +117,19 @@ RECIPES: Mapping[str, Recipe] = {
     "dora": Recipe(rules=_low_rank(lorax.DoRA, "initializer"), has_peft_form=True),
     "adalora": Recipe(rules=_adalora, optimiser=optimiser.adalora, terms=_adalora_terms, has_peft_form=True),
     "lorafa": Recipe(rules=_low_rank(lorax.LoRAFA, "initializer"), has_peft_form=True),
-    "vera": Recipe(rules=_vera),
+    "vera": Recipe(rules=_vera, size="vera.rank"),
     "loha": Recipe(rules=_low_rank(lorax.LoHa)),
     "lokr": Recipe(rules=_lokr),
-    "ia3": Recipe(rules=_ia3, targets=KEY_VALUE),
-    "bitfit": Recipe(rules=_full, targets=(r".*/bias",)),
-    "norm": Recipe(rules=_full, targets=(r".*norm/scale",), has_peft_form=True),
-    "full": Recipe(rules=_full, targets=(r".*",)),
-    "bottleneck": Recipe(rules=_bottleneck, targets=HOULSBY),
-    "bottleneck_pfeiffer": Recipe(rules=_bottleneck, targets=PFEIFFER),
-    "prompt": Recipe(rules=_prompt, targets=(r"embed/embedding",), has_placeholders=True),
-    "prefix": Recipe(rules=_prefix, targets=KEY_VALUE, has_placeholders=True),
+    "ia3": Recipe(rules=_ia3, targets=KEY_VALUE, placement="ia3_output", size=""),
+    "bitfit": Recipe(rules=_full, targets=(r".*/bias",), placement="bitfit", size=""),
+    "norm": Recipe(rules=_full, targets=(r".*norm/scale",), placement="norm", size="", has_peft_form=True),
+    "full": Recipe(rules=_full, targets=EVERYTHING, placement="full", size=""),
+    "bottleneck": Recipe(rules=_bottleneck, targets=HOULSBY, placement="bottleneck_houlsby", size="bottleneck.rank"),
+    "bottleneck_pfeiffer": Recipe(
+        rules=_bottleneck, targets=PFEIFFER, placement="bottleneck_pfeiffer", size="bottleneck.rank"
+    ),
+    "prompt": Recipe(rules=_prompt, targets=EMBEDDING, placement="prompt", size="tuning.length", has_placeholders=True),
+    "prefix": Recipe(rules=_prefix, targets=KEY_VALUE, placement="prefix", size="tuning.length", has_placeholders=True),
 }
 
 
@@ -151,14 +159,18 @@ def spec(config: Config) -> lorax.Spec:
 
 def formats(config: Config) -> dict[str, lorax.quant.Format]:
     """Return how the base's linear layers are stored, `{pattern: format}`; not embedding, norms and head."""
-    model = config.model
+    return quantized_as(EVERY_LINEAR, config.model.quantize, is_double=config.model.double_quantization)
+
+
+def quantized_as(patterns: Sequence[str], name: str, *, is_double: bool = True) -> dict[str, lorax.quant.Format]:
+    """Return `{pattern: format}` for the format's name in the settings; nothing for `none`."""
     made: dict[str, Callable[[], lorax.quant.Format]] = {
-        "nf4": lambda: lorax.NF4(double=model.double_quantization),
-        "fp4": lambda: lorax.FP4(double=model.double_quantization),
+        "nf4": lambda: lorax.NF4(double=is_double),
+        "fp4": lambda: lorax.FP4(double=is_double),
         "int8": lorax.Int8,
         "int4": lorax.Int4,
     }
-    return {} if model.quantize == "none" else dict.fromkeys(EVERY_LINEAR, made[model.quantize]())
+    return {} if name == "none" else dict.fromkeys(patterns, made[name]())
 
 
 def placeholders(config: Config, vocab_size: int) -> list[int]:

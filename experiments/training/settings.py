@@ -148,7 +148,7 @@ def check(config: config_dict.ConfigDict) -> None:
     for name, default in wanted.items():
         if name not in given:
             raise ValueError(f"config.{name} is missing: start the file from experiments.training.settings.defaults()")
-        _check_type(name, given[name], default)
+        check_type(name, given[name], default)
 
     def want(name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -180,7 +180,12 @@ def check(config: config_dict.ConfigDict) -> None:
     want("train.accumulate", given["train.rows"] % given["train.accumulate"] == 0, "a divisor of train.rows")
 
 
-def _check_type(name: str, value: Any, default: Any) -> None:
+def check_type(name: str, value: Any, default: Any) -> None:
+    """Check that a setting has the type of its default.
+
+    Raises:
+        ValueError: it has another; a whole number passes for a float, a list for a tuple.
+    """
     number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
     sequence = isinstance(default, tuple) and isinstance(value, list)
     if not (number or sequence or type(value) is type(default)):

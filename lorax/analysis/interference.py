@@ -14,7 +14,7 @@ from jax import lax
 
 from lorax.adapter import Adapter
 from lorax.analysis.subspaces import directions, subspace_map
-from lorax.analysis.updates import delta_matrices, factors, has_weight
+from lorax.analysis.updates import delta_matrices, factors, has_weight, replicated
 
 
 def inner_product(a: Adapter, b: Adapter, path: str, params: Any = None) -> jax.Array:
@@ -144,7 +144,7 @@ def _changed(adapter: Adapter) -> list[str]:
 
 def _inputs(adapter: Adapter, path: str) -> jax.Array:
     """Return `A` [S, I, R]."""
-    site, a = adapter.sites[path], adapter.params[path]["a"]
+    site, a = adapter.sites[path], replicated(adapter.params[path]["a"])
     return a.reshape(site.size("S"), site.size("I"), -1)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lorax import paths
+from lorax import compat, paths
 from lorax.adapter import Adapter, base_leaves
 from lorax.interpret.contraction import dense
 from lorax.interpret.weight import Factor, Label, Part, Term, Weight, cast, promoted
@@ -77,6 +77,12 @@ def delta_matrices(params: Any, adapter: Adapter, path: str) -> jax.Array:
     return matrices(adapter.sites[path], delta(params, adapter, path))
 
 
+def replicated(x: jax.Array) -> jax.Array:
+    """Return an array whole on every device, where types say how it is split: a decomposition needs it so."""
+    mesh = compat.explicit_mesh(x)
+    return x if mesh is None else jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.P()))
+
+
 def has_weight(method: Method) -> bool:
     """Tell whether a method changes a weight, besides whatever else it does; LoRA with a bias does."""
     return type(method).weight is not Method.weight
@@ -135,5 +141,8 @@ def _product(site: Site, side: Sequence[Factor], wanted: Sequence[Label]) -> jax
     ones = Factor(jnp.ones([site.shape[a] for a in missing]), tuple(missing))
     labels = list(dict.fromkeys(a for f in (*side, ones) for a in f.axes))
     dtype = promoted(*(f.array.dtype for f in side), jnp.float32)
-    operands = [x for f in (*side, ones) for x in (cast(f.array, dtype), [labels.index(a) for a in f.axes])]
+    arrays = [cast(replicated(f.array), dtype) for f in (*side, ones)]
+    operands = [
+        x for array, f in zip(arrays, (*side, ones), strict=True) for x in (array, [*map(labels.index, f.axes)])
+    ]
     return jnp.einsum(*operands, [labels.index(a) for a in wanted], precision=lax.Precision.HIGHEST)

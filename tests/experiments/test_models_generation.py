@@ -159,6 +159,7 @@ def test_placeholders_count_as_positions(model):
         model.generate(model.params, [[1] * 58], max_new_tokens=4, placeholders=PLACEHOLDERS)
 
 
+@pytest.mark.slow
 def test_quantised_base_says_what_its_dequantised_weights_say(model, prompts):
     stored = lorax.quantize(model.params, {r"layers/mlp/.*kernel": lorax.NF4()})
     sites = lorax.trace(model.apply, stored, np.zeros((1, 4), np.int32))

@@ -166,7 +166,7 @@ def test_classes_are_parted_and_numbered_from_zero(problem):
         ({"model": {"layers": 0}}, r"model\.layers = 0: expected a whole number of at least 1"),
         (
             {"model": {"layer": 2}},
-            r"unknown setting config\.problem\.model\.layer: the nearest is config\.problem\.model\.layers; .*starts from",
+            r"unknown setting config\.problem\.model\.layer: the nearest is config\.problem\.model\.layers; a config",
         ),
         ({"model": {"layers": "2"}}, r"config\.problem\.model\.layers = '2': got str, expected int"),
     ],
