@@ -54,7 +54,11 @@ def _again(study: reading.Study, out: pathlib.Path, reference: str) -> str:
         str(config.get("run_dir") or directory)
         for config, directory in zip(study.configs, study.directories, strict=True)
     ]
-    given = [*named, *(["--out", str(out)] if len(named) > 1 else []), *(["--reference", reference] if reference else [])]
+    given = [
+        *named,
+        *(["--out", str(out)] if len(named) > 1 else []),
+        *(["--reference", reference] if reference else []),
+    ]
     return f"python -m experiments.report {shlex.join(given)}"
 
 
