@@ -3,8 +3,8 @@ r"""Which weights should LoRA adapt, and at what rank?
     python -m experiments.ablate --config=configs/ablate_rank_targets.py
 
 MiniLM (22.7 M parameters) with a new head learns whether sentences from movie reviews are positive: ranks 1, 4, 16 and
-64 at query and value, all of attention, or the feed-forward layers; three learning rates and seeds each, 108 runs.
-`--config.size=full` is the grid of a paper: 6 ranks, 6 sets of weights, 5 learning rates, 5 seeds, 900 runs.
+64 at query and value, all of attention, or the feed-forward layers; three learning rates and three seeds each, 108
+runs. `--config.size=full` is the grid of a paper: 6 ranks, 6 sets of weights, 5 learning rates and 5 seeds, 900 runs.
 """
 
 from ml_collections import config_dict

@@ -67,12 +67,14 @@ def stack(adapters: Iterable[Adapter]) -> Adapter:
     plan = Plan(entries, spec, tuple(Member(a.plan, _shapes(a)) for a in members))
     methods = {site.path: method for site, method in entries}
     columns = [_by_common_entry(a, plan, methods) for a in members]
+    bonds = _bonds(plan, columns)
     trees: dict[str, dict[str, dict[str, Any]]] = {part: {s.path: {} for s, _ in entries} for part in PARTITIONS}
     for key in dict.fromkeys(key for column in columns for key in column):
         partition, entry, name = key
         _refuse_partial(key, members, columns)
         fills_with_zeros = partition == "state" or bool(methods[entry].sizes)
-        trees[partition].setdefault(entry, {})[name] = _stacked(key, [c.get(key) for c in columns], fills_with_zeros)
+        arrays = [column.get(key) for column in columns]
+        trees[partition].setdefault(entry, {})[name] = _stacked(key, arrays, bonds[key], fills_with_zeros)
     for path in methods:
         is_present = [path in a.params for a in members]
         if not all(is_present):
@@ -197,21 +199,40 @@ def _refuse_partial(key: Key, members: Sequence[Adapter], columns: Sequence[Mapp
         raise ValueError(f"{entry}: adapters {lacking} of the stack train no {name!r} there, and others do")
 
 
-def _stacked(key: Key, arrays: Sequence[Any], fills_with_zeros: bool) -> jax.Array:
-    """Stack arrays of one name; those that are smaller, or not there, are filled up."""
+def _bonds(plan: Plan, columns: Sequence[Mapping[Key, Any]]) -> dict[Key, tuple[int, ...]]:
+    """Return for each axis of each array the size of its bond in the stack: the largest of any array; 0 for others."""
+    described = {site.path: (site, method) for site, method in plan.entries}
+    described |= {common: described[path] for path, common in plan.shared.items()}
+    labels: dict[Key, tuple[Any, ...]] = {}
+    largest: dict[tuple[str, str], int] = {}
+    for column in columns:
+        for key, x in column.items():
+            site, method = described[key[1]]
+            labels[key] = method.axes(site, key[2])
+            for label, size in zip(labels[key], x.shape, strict=False):  # a scalar may stand for any array
+                if isinstance(label, str):
+                    largest[key[1], label] = max(size, largest.get((key[1], label), 0))
+    return {
+        key: tuple(largest[key[1], label] if isinstance(label, str) else 0 for label in axes)
+        for key, axes in labels.items()
+    }
+
+
+def _stacked(key: Key, arrays: Sequence[Any], bonds: Sequence[int], fills_with_zeros: bool) -> jax.Array:
+    """Stack arrays of one name; those that are smaller than their bonds, or not there, are filled up."""
     there = [x for x in arrays if x is not None]
     dtypes = list(dict.fromkeys(str(x.dtype) for x in there))
     if len(dtypes) > 1:
         raise ValueError(
             f"{key[1]}: {key[2]!r} is {' and '.join(dtypes)} in adapters of one stack; give them one dtype"
         )
-    ndim = max(x.ndim for x in there)
-    shape = tuple(max(sizes) for sizes in zip(*(x.shape for x in there if x.ndim == ndim), strict=True))
+    largest = max(there, key=lambda x: x.ndim)
+    shape = tuple(bond or size for bond, size in zip(bonds, largest.shape, strict=False))
 
     def filled(x: Any) -> Any:
         if x is None:
             return jnp.zeros(shape, there[0].dtype) if fills_with_zeros else filled(there[0])
-        if x.ndim < ndim:  # a scalar stands for one that is the same everywhere
+        if x.ndim < len(shape):  # a scalar stands for one that is the same everywhere
             return jnp.broadcast_to(x, shape)
         return x if x.shape == shape else jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, shape, strict=True)])
 

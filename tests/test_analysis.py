@@ -99,6 +99,9 @@ def test_the_singular_values_are_those_of_the_built_update(form: str, method: st
             side.swapaxes(1, 2) @ side, np.tile(np.eye(values.shape[1]), (len(u), 1, 1)), atol=1e-5
         )
     assert_close(run(analysis.spectra, adapter, params)["w"], values)
+    for side, square in (("input", want @ want.swapaxes(1, 2)), ("output", want.swapaxes(1, 2) @ want)):
+        columns = run(lambda p, a, side=side: analysis.directions(a, "w", side, p), params, adapter)
+        np.testing.assert_allclose(columns @ columns.swapaxes(1, 2), square, atol=2e-4)
 
 
 def test_an_update_with_factors_is_never_built() -> None:
@@ -301,7 +304,7 @@ def test_the_largest_rank_within_a_budget(method: Any) -> None:
         made = jax.eval_shape(lambda p: lorax.init(jax.random.key(0), make(rank), sites, p), small_params())
         return sum(analysis.parameters(made).values())
 
-    for budget in (trained(1), trained(4) - 1, trained(4), trained(9) + 1):
+    for budget in (trained(1), trained(4) - 1, trained(4), trained(6), trained(9) + 1):
         rank = analysis.rank_for_budget(make, sites, budget)
         assert trained(rank) <= budget < trained(rank + 1)
     with pytest.raises(ValueError, match=f"rank 1 trains {trained(1):,} numbers, and the budget is {trained(1) - 1:,}"):

@@ -8,8 +8,8 @@ of a mean of S runs on I items, or of a difference of two such means in pairs, i
 The first part is estimated from the S means of the runs, with S - 1 degrees of freedom, the second from the I means of
 the items less their share of the rest. A normal interval takes both for known, which with a few seeds is far from true.
 Here each part has its own quantile, `h² = t²(S-1)·first + t²(I-1)·second`, which covers at least as often as it says
-whatever the two are (Banerjee 1960, Sankhya 22); Satterthwaite's single number of degrees of freedom does not, for it
-is large just when the first part came out too small.
+whatever the two variances are (Banerjee 1960, Sankhya 22). Satterthwaite's single number of degrees of freedom does
+not, for it is large just when the first part came out too small.
 
 Three seeds leave 2 degrees of freedom, at which a quantile for many comparisons is in the tens. So the first parts of
 all pairs of configurations are moderated (Smyth 2004, doi:10.2202/1544-6115.1027): one that came out small is raised
@@ -68,7 +68,7 @@ def errors(scores_KxSxI: np.ndarray, contrasts_CxK: np.ndarray) -> Errors:
     rest_KxN = rest.reshape(len(rest), -1)
     gram_KxK = rest_KxN @ rest_KxN.T / (max(seeds - 1, 1) * (items - 1))
     of_rest_C = np.sum((contrasts_CxK @ gram_KxK) * contrasts_CxK, axis=1) / (seeds * items)
-    item_C = (contrasts_CxK @ means_KxI).var(axis=1, ddof=1) / items - of_rest_C
+    item_C = np.maximum((contrasts_CxK @ means_KxI).var(axis=1, ddof=1) / items - of_rest_C, 0)
     if seeds == 1:  # what the seeds would change is unknown, and the rest cannot be told from the items
         zero_C = np.zeros(len(contrasts_CxK))
         return Errors(seed_C=zero_C, seed_df_C=np.ones(len(zero_C)), item_C=item_C, item_df=items - 1)
@@ -76,7 +76,7 @@ def errors(scores_KxSxI: np.ndarray, contrasts_CxK: np.ndarray) -> Errors:
     return Errors(
         seed_C=np.maximum(seed_C, of_rest_C),  # it holds the rest, which is well known
         seed_df_C=np.full(len(seed_C), seeds - 1.0),
-        item_C=np.maximum(item_C, 0),
+        item_C=item_C,
         item_df=items - 1,
     )
 

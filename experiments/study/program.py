@@ -79,9 +79,8 @@ class Programs:
 
     def start(self, cells: Sequence[Cell]) -> State:
         """Return the stack of the cells' adapters and their optimisers' state as they start."""
-        stack = lorax.stack([self.adaptations.adapter(cell.settings) for cell in cells])
-        opt_state = self.optimiser(cells, stack).init(stack.params)
-        return State(stack, jax.tree.map(jnp.copy, opt_state))  # both are donated, and masks are in both
+        # one program: its results share no buffer, and all of them are to be donated
+        return jax.jit(self._start(cells))([self.adaptations.adapter(cell.settings) for cell in cells])
 
     def abstract_start(self, cells: Sequence[Cell]) -> State:
         """Return its shapes.
@@ -89,12 +88,14 @@ class Programs:
         Raises:
             ValueError: the cells' adapters cannot be members of one stack.
         """
+        return jax.eval_shape(self._start(cells), [self.adaptations.abstract(cell.settings) for cell in cells])
 
+    def _start(self, cells: Sequence[Cell]) -> Callable[[list[lorax.Adapter]], State]:
         def start(adapters: list[lorax.Adapter]) -> State:
             stack = lorax.stack(adapters)
             return State(stack, self.optimiser(cells, stack).init(stack.params))
 
-        return jax.eval_shape(start, [self.adaptations.abstract(cell.settings) for cell in cells])
+        return start
 
     def optimiser(self, cells: Sequence[Cell], stack: lorax.Adapter) -> optax.GradientTransformationExtraArgs:
         """Return the optimiser of a stack, with a learning rate and a weight decay for each member."""

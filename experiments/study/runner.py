@@ -178,12 +178,12 @@ class _Study:
 
     def finish(self) -> bool:
         """Analyse and report if all runs are finished, unless another process is doing so; return whether they are."""
-        from experiments.report import study as report  # charts take a while to import
-
         if len(self._finished()) < len(self.groups):
             return False
         with self.directory.claimed("finish") as is_mine:
             if is_mine:
+                from experiments.report import study as report  # charts take a while to import
+
                 outcome.write(self.directory, self.cells, self.adaptations)
                 print(f"report: {report.write([self.directory.path])}")
         return True

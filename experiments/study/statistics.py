@@ -25,8 +25,8 @@ difference's variance (`python -m tests.experiments.crossed_effects`):
     here        98.2 97.4 96.4    96.8 97.4 96.0    96.6 97.0 95.6    96.0 97.2 98.2
 
 Where items do, both are at 94 to 100. Where some configurations' seeds vary more than others' (by a factor of 1.35, one
-standard deviation), or every second one's have 80 % of their effect in common, it is 92 to 98 here; where one of them
-varies ten times as much, 89 to 94 with three seeds and 95 to 98 with more.
+standard deviation), or every second one's have 80 % of their effect in common, it is 92 to 99 here; where one of them
+varies ten times as much, 89 to 95 with three seeds and 95 to 98 with more.
 
 Axes: K configurations, C comparisons, S seeds, I items, R resamples.
 """
