@@ -75,7 +75,7 @@ TRIPLES: dict[str, Sequence[lorax.Method]] = {
     "Prefix": [lorax.Prefix(length=n) for n in (1, 3, 2)],
     "TrainableTokens": [lorax.TrainableTokens(tokens=(5, 1))] * 3,
 }
-SLOW = {"LoRA with a bias", "LoHa", "LoKr", "IA3 of inputs", "LoRAFA"}  # by the code of others in their own way
+QUICK = {"LoRA", "DoRA", "AdaLoRA", "IA3", "Prefix"}  # zeros, marks and masks of each kind; the others are slow tests
 RATES, DECAYS = (1e-3, 1e-2, 3e-3), (0.0, 0.1, 0.03)
 
 
@@ -139,7 +139,7 @@ def train_together(stack: lorax.Adapter, params: Any, seeds: Sequence[int], rate
     return stack.replace(params=trained), losses, state
 
 
-marked = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in TRIPLES]
+marked = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TRIPLES]
 
 
 @pytest.mark.filterwarnings("ignore:the rank is above")
