@@ -68,6 +68,11 @@ class Base:
     params: Any
     sites: lorax.Sites
 
+    @functools.cached_property
+    def forward(self) -> Callable[..., Any]:
+        """The jitted function with an adapter, `(params, adapter, batch) -> outputs`, of None without one."""
+        return jax.jit(lorax.adapt(self.problem.fn))
+
 
 class Adaptations:
     """Makes the adapters and optimisers of a study's runs.

@@ -50,7 +50,7 @@ def cells(config: config_dict.ConfigDict, adaptations: Adaptations) -> list[Cell
     product = itertools.product(*(config.axes[axis] for axis in AXES))
     resolved = [_resolved(dict(zip(AXES, values, strict=True)), adaptations) for values in product]
     distinct = list({tuple(settings.values()): settings for settings in resolved}.values())
-    several = [axis for axis in AXES if len({settings[axis] for settings in distinct}) > 1]
+    several = [axis for axis in AXES if len({settings[axis] for settings in distinct} - {None}) > 1]
     return [Cell(_name(settings, several), settings) for settings in distinct]
 
 

@@ -78,12 +78,11 @@ def _update(adaptations: Adaptations, settings: Settings, adapter: lorax.Adapter
 
 def _latency(adaptations: Adaptations, settings: Settings, adapter: lorax.Adapter) -> dict[str, float | None]:
     base, latency = adaptations.base(settings), adaptations.config.latency
-    forward = jax.jit(lorax.adapt(base.problem.fn))
     batch = jax.device_put(_first(base.problem.data["test"], latency.examples))
-    subjects: dict[str, Callable[[], Any]] = {"unmerged": lambda: forward(base.params, adapter, batch)}
+    subjects: dict[str, Callable[[], Any]] = {"unmerged": lambda: base.forward(base.params, adapter, batch)}
     if all(method.is_mergeable for method in adapter.methods.values()):
         merged = jax.jit(lorax.merge)(base.params, adapter)
-        subjects["merged"] = lambda: forward(merged, None, batch)
+        subjects["merged"] = lambda: base.forward(merged, None, batch)
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     for call in subjects.values():
         jax.block_until_ready(call())
