@@ -66,11 +66,11 @@ def defaults() -> Config:
             },
             "evaluation": {
                 "points": 4,
-                "batch": 64,
+                "batch": 16,
             },  # validations while training, at equal distances; examples at once
             "grouping": {
-                "padding": 0.25,  # of a step's work: how much may go into the zeros of ranks and targets of others
-                "members": 0,  # the most runs in a program; 0: what fits to memory
+                "padding": 0.1,  # of a step's work: how much may go into the zeros of ranks and targets of others
+                "members": 0,  # the most runs in a program; 0: what fits to memory, on a CPU at most 8
                 "memory_gib": 0.0,  # for a program; 0: 60 % of what is free
             },
             "checkpoint_seconds": 60.0,  # between what a killed study goes on from; a signal saves in any case
