@@ -1,6 +1,6 @@
 """What a stack of N adapters costs against the same N runs one after the other.
 
-    python -m experiments.bench.stack [--members 1,2,4,8,16,32] [--tokens 1x128,4x512] [--layers 4] [--repeats 5]
+    python -m experiments.bench.stack [--members 1,2,4,8,16,32] [--tokens 1x32,4x256] [--layers 4] [--repeats 5]
 
 A member is LoRA on every linear layer of a decoder, of rank 2, 4, 8 or 16, with a learning rate and a batch of its own;
 a run is one step of training with AdamW. The stack pads all ranks to 16; alone, each run has its own. The first table

@@ -1,0 +1,31 @@
+r"""Which rank does a language model of 135 M parameters need to answer in JSON?
+
+    python -m experiments.ablate --config=configs/json_ranks.py
+
+TODO
+"""
+
+from ml_collections import config_dict
+
+from experiments import problems
+from experiments.study import settings
+
+
+def get_config() -> config_dict.ConfigDict:
+    """Return the settings of the study."""
+    config = settings.defaults()
+    config.name = "json_ranks"
+    config.run_dir = "runs/json_ranks"
+    config.problem.update(problems.defaults("json"))
+    config.problem.domains = ("movies",)
+    config.problem.validation_examples = 64
+    config.problem.test_examples = 192
+    config.axes.update(
+        rank=(1, 8),
+        lr=(3e-4, 1e-3, 3e-3),
+        seed=(0, 1),
+        steps=(16,),
+    )
+    config.train.batch = 8
+    config.evaluation.batch = 16
+    return config

@@ -1,0 +1,33 @@
+r"""How do methods do with few examples to learn from?
+
+    python -m experiments.ablate --config=configs/low_data.py
+
+TODO
+"""
+
+from ml_collections import config_dict
+
+from experiments import problems
+from experiments.study import settings
+
+
+def get_config() -> config_dict.ConfigDict:
+    """Return the settings of the study."""
+    config = settings.defaults()
+    config.name = "low_data"
+    config.run_dir = "runs/low_data"
+    config.problem.update(problems.defaults("sentences"))
+    config.problem.domains = ("movies", "amazon", "tweets", "editorials")
+    config.problem.max_tokens = 28
+    config.problem.test_examples = 600
+    config.problem.validation_examples = 300
+    config.problem.retained_examples = 0
+    config.axes.update(
+        method=("full", "lora"),
+        examples=(100, 1000, 10000),
+        lr=(3e-4, 1e-3, 3e-3),
+        seed=(0, 1, 2),
+        steps=(40,),
+    )
+    config.evaluation.points = 2
+    return config
