@@ -20,8 +20,9 @@ def get_config() -> config_dict.ConfigDict:
     config.axes.update(
         method=("full", "lora"),
         rank=(1, 8, 64),
-        lr=(3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3e-2, 6e-2),
-        seed=(0, 1, 2, 3, 4),
-        steps=(100,),
+        lr=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 6e-2),
+        seed=(0, 1, 2),
+        steps=(60,),
     )
+    config.evaluation.update(points=3, batch=64)
     return config

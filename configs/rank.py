@@ -21,7 +21,8 @@ def get_config() -> config_dict.ConfigDict:
         targets=("qv", "all"),
         rank=(1, 2, 4, 8, 16, 64),
         lr=(3e-3, 1e-2, 3e-2, 1e-1),
-        seed=(0, 1, 2, 3),
-        steps=(100,),
+        seed=(0, 1, 2),
+        steps=(60,),
     )
+    config.evaluation.update(points=3, batch=64)
     return config

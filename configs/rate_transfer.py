@@ -23,6 +23,7 @@ def get_config() -> config_dict.ConfigDict:
         alpha=(16.0, "rank"),
         lr=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
         seed=(0, 1, 2),
-        steps=(100,),
+        steps=(60,),
     )
+    config.evaluation.update(points=3, batch=64)
     return config
