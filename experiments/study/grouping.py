@@ -107,10 +107,10 @@ def groups(family: Family, fits: Callable[[Sequence[Cell]], bool], *, most: int)
     Args:
         family: the runs.
         fits: whether a group can be trained, by compiling it.
-        most: runs in a group, whatever fits; 0: no limit but that of a CPU, which gains nothing from many.
+        most: runs in a group, whatever fits; 0: no limit.
     """
     total = sum(map(len, family.configurations))
-    wanted = min(most or (CPU_MEMBERS if jax.default_backend() == "cpu" else total), total)
+    wanted = min(most or total, total)
     while True:
         parts = _parts(family.configurations, wanted)
         largest = max(parts, key=len)
@@ -136,6 +136,15 @@ def _parts(configurations: Sequence[Sequence[Cell]], most: int) -> list[list[Cel
         for place in range(0, runs, at_once):
             parts.append([cell for cells in together for cell in cells[place : place + at_once]])
     return parts
+
+
+def most_members(members: int, platform: str) -> int:
+    """Return the most runs in a group: as the settings say, or of a CPU, which gains nothing from many; 0: no limit.
+
+    >>> most_members(0, "cpu"), most_members(0, "gpu"), most_members(32, "cpu")
+    (8, 0, 32)
+    """
+    return members or (CPU_MEMBERS if platform == "cpu" else 0)
 
 
 def memory_limit(gib: float) -> int:

@@ -113,7 +113,8 @@ class _Study:
             return program.peak_bytes <= limit
 
         families = grouping.families(self.cells, self.adaptations, padding=settings.padding)
-        parts = [part for family in families for part in grouping.groups(family, fits, most=settings.members)]
+        most = grouping.most_members(settings.members, jax.default_backend())
+        parts = [part for family in families for part in grouping.groups(family, fits, most=most)]
         digits = len(str(len(parts) - 1))
         count = ", ".join(f"{examples(data):,} {name}" for name, data in self.problem.data.items())
         facts = {"Examples": count, "Base parameters": f"{_numbers(self.problem.params):,}", **self.problem.facts}

@@ -1,5 +1,7 @@
 """Which runs are trained together: what one program can hold, without much work for zeros, within the memory."""
 
+import doctest
+
 import pytest
 
 from experiments.study import axes, grouping
@@ -93,6 +95,12 @@ def test_groups_have_every_configuration_so_that_they_share_a_program(problem):
 def test_a_group_of_one_is_tried_whatever_it_takes(problem):
     (family,) = families(problem, rank=(1, 3))
     assert [len(part) for part in grouping.groups(family, lambda cells: False, most=0)] == [1, 1]
+
+
+def test_a_cpu_takes_few_runs_at_once_unless_told_otherwise():
+    result = doctest.testmod(grouping)
+    assert result.attempted
+    assert not result.failed
 
 
 def test_the_memory_of_the_settings_wins(problem):

@@ -25,6 +25,7 @@ def get_config():
     config.axes.update(AXES)
     config.train.batch = 8
     config.evaluation.update(points=3, batch=16)
+    config.grouping.padding = 0.25
     config.latency.repeats = 2
     config.checkpoint_seconds = 0.0
     config.update_from_flattened_dict(METHODS)

@@ -232,10 +232,6 @@ def _front(found: Findings, fronts: Mapping[str, Any], chart: Mapping[str, Any])
         shown[value] = panel.errorbar(
             x[c], y[c], yerr=error, fmt="o", markersize=3.5, elinewidth=0.7, color=_colour(found, by, value)
         )  # fmt: skip
-    for c in edge:
-        panel.annotate(
-            found.configurations[c].label, (x[c], y[c]), xytext=(3, 3), textcoords="offset points", fontsize=5.5
-        )  # fmt: skip
     panel.margins(x=0.12)
     if chart["x"]["log"]:
         panel.set_xscale("log")
@@ -246,9 +242,28 @@ def _front(found: Findings, fronts: Mapping[str, Any], chart: Mapping[str, Any])
         panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: FORMS["percent"](value)))
     panel.set_xlabel(chart["x"]["label"])
     panel.set_ylabel(f"test {found.score_name}")
+    _above_bars(panel, [(x[c], fronts["high"][c], found.configurations[c].label) for c in edge])
     if by and len(shown) > 1:
         _legend(found, figure, by, shown, title=by.replace("_", " "))
     return figure
+
+
+def _above_bars(panel: Axes, bars: Sequence[tuple[float, float, str]]) -> None:
+    """Write names upwards above bars, given from the left: x, upper end, name; make room for them, and between them."""
+    size, inches = 5.5, (2.6, 1.6)  # of the letters in points; of the panel, about
+    line = {"arrowstyle": "-", "linewidth": 0.4, "color": "#999", "relpos": (0.5, 0), "shrinkA": 0, "shrinkB": 0}
+    low, high = panel.get_ylim()
+    length = max(len(name) for _, _, name in bars) * 0.55 * size / 72 / inches[1]
+    foot, least = max(top for _, top, _ in bars) + 0.02 * (high - low), 0.0
+    panel.set_ylim(low, low + (high - low) / (1 - min(length + 0.03, 0.6)))
+    panel.set_xlim(panel.get_xlim())  # as the points leave them: the names are placed within
+    for at, top, name in bars:
+        along = max(panel.transAxes.inverted().transform(panel.transData.transform((at, top)))[0], least)
+        least = along + 1.2 * size / 72 / inches[0]
+        panel.annotate(
+            name, (at, top), (along, foot), textcoords=panel.get_yaxis_transform(), arrowprops=line, fontsize=size,
+            rotation=90, ha="center", va="bottom",
+        )  # fmt: skip
 
 
 def _subspaces(found: Findings) -> Figure:
