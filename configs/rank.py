@@ -2,7 +2,22 @@ r"""Does a higher rank help, and where does that stop?
 
     python -m experiments.ablate --config=configs/rank.py
 
-TODO
+A vision transformer of 0.2 M parameters that knows the digits 0 to 4 learns 5 to 9: a large change for so small a
+model. Ranks 1 to 64 at query and value, and at every linear layer; four learning rates and three seeds each, 144 runs
+of 60 updates. About 8 minutes on two CPU cores.
+
+Measured (test accuracy on 285 images, per cent, at the rate that was best on validation):
+
+    rank                     1      2      4      8     16     64
+    query and value       83.6   86.1   86.8   90.1   91.0   89.4
+    every linear layer    87.0   90.3   91.9   91.9   92.3   91.3
+
+By itself each has an interval of about ±4 (95 %, over seeds and images). Averaged over both rows, rank 16 is above rank
+1 by 6.3 points (0.2 to 12.5) and above rank 2 by 3.5 (0.1 to 6.8); no other two ranks are told apart, nor are the two
+rows (intervals that hold at once). LoRA's paper (Hu et al. 2021, arXiv:2106.09685, table 6) finds a rank of 1 to be
+enough. That did not reproduce here, where the model was not trained for the task; that nothing is gained beyond some
+small rank is what this looks like, but 4 and 64 being alike within the intervals is no proof of it. That rank 16 has
+the highest mean says nothing. The best rates, 0.01 and 0.03, are inside the grid.
 """
 
 from ml_collections import config_dict
