@@ -12,12 +12,12 @@ Measured (test accuracy on 285 images, per cent, at the rate that was best on va
     query and value       83.6   86.1   86.8   90.1   91.0   89.4
     every linear layer    87.0   90.3   91.9   91.9   92.3   91.3
 
-By itself each has an interval of about ±4 (95 %, over seeds and images). Averaged over both rows, rank 16 is above rank
-1 by 6.3 points (0.2 to 12.5) and above rank 2 by 3.5 (0.1 to 6.8); no other two ranks are told apart, nor are the two
-rows (intervals that hold at once). LoRA's paper (Hu et al. 2021, arXiv:2106.09685, table 6) finds a rank of 1 to be
-enough. That did not reproduce here, where the model was not trained for the task; that nothing is gained beyond some
-small rank is what this looks like, but 4 and 64 being alike within the intervals is no proof of it. That rank 16 has
-the highest mean says nothing. The best rates, 0.01 and 0.03, are inside the grid.
+By itself each has an interval of about ±4 (95 %, over seeds and images). Averaged over both rows, rank 16 is above
+rank 1 by 6.3 points (0.2 to 12.5) and above rank 2 by 3.5 (0.1 to 6.8); no other two ranks are told apart, nor are
+the two rows (intervals that hold at once). LoRA's paper (Hu et al. 2021, arXiv:2106.09685, table 6) finds a rank of 1
+to be enough. That did not reproduce here, where the model was not trained for the task; that nothing is gained beyond
+some small rank is what this looks like, but 4 and 64 being alike within the intervals is no proof of it. That rank 16
+has the highest mean says nothing. The best rates, 0.01 and 0.03, are inside the grid.
 """
 
 from ml_collections import config_dict

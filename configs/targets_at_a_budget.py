@@ -14,13 +14,13 @@ Measured (test accuracy on 285 images, per cent, with 95 % intervals over seeds 
     o            89.0 (84.9 to 93.0)      mlp          88.1 (83.8 to 92.1)
                                           all          90.3 (85.5 to 95.1)
 
-Of the 36 differences, all intervals at once, six leave out zero: query and key together are below v by 6.7 points (0.1
-to 13.3), o by 7.6 (1.3 to 13.9), attention by 7.8 (2.1 to 13.5), mlp by 6.7 (0.4 to 13.0) and all by 8.9 (3.0 to 14.7),
-and the keys alone below all by 6.4 (1.1 to 11.8). LoRA's paper (Hu et al. 2021, arXiv:2106.09685, table 5) finds query
-and key the worst pair too. That query and value are the best choice did not reproduce: they are not told apart from
-any other. Nor is mlp from attention ("LoRA Without Regret", Thinking Machines 2025, has it ahead).
-The highest rate loses much everywhere, so that one rate for all would have ranked the sets by the scaling α/r that
-their rank gives: the best was 0.03 where the rank is 9 and more (but for qk), and 0.01 elsewhere.
+Of the 36 differences, all intervals at once, six leave out zero: query and key together are below v by 6.7 points
+(0.1 to 13.3), o by 7.6 (1.3 to 13.9), attention by 7.8 (2.1 to 13.5), mlp by 6.7 (0.4 to 13.0) and all by 8.9 (3.0 to
+14.7), and the keys alone below all by 6.4 (1.1 to 11.8). LoRA's paper (Hu et al. 2021, arXiv:2106.09685, table 5)
+finds query and key the worst pair too. That query and value are the best choice did not reproduce: they are not told
+apart from any other. Nor is mlp from attention ("LoRA Without Regret", Thinking Machines 2025, has it ahead). The
+highest rate loses much everywhere, so that one rate for all would have ranked the sets by the scaling α/r that their
+rank gives: the best was 0.03 where the rank is 9 and more (but for qk), and 0.01 elsewhere.
 """
 
 from ml_collections import config_dict
