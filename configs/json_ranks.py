@@ -2,7 +2,9 @@ r"""Which rank does a language model of 135 M parameters need to answer in JSON?
 
     python -m experiments.ablate --config=configs/json_ranks.py
 
-TODO
+SmolLM2 (135 M parameters) learns to answer `{"sentiment": "positive"}`, the task of `configs/quickstart.py`: LoRA of
+ranks 1 and 8 at every linear layer, three learning rates, two seeds, 12 runs of 16 updates of 8 sentences. A score is
+1 where the greedy answer is the right one, token by token.
 """
 
 from ml_collections import config_dict

@@ -2,7 +2,9 @@ r"""How do methods do with few examples to learn from?
 
     python -m experiments.ablate --config=configs/low_data.py
 
-TODO
+MiniLM (22.7 M parameters) with a new head learns the sentiment of sentences from four domains (movies, products,
+tweets, editorials), by LoRA of rank 8 at every linear layer or by all weights, from 100, 1,000 or 10,000 examples
+that the seed draws; three learning rates and three seeds, 54 runs of 40 updates of 32 examples.
 """
 
 from ml_collections import config_dict

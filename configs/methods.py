@@ -2,7 +2,9 @@ r"""Which method of fine-tuning learns most, and at what cost?
 
     python -m experiments.ablate --config=configs/methods.py
 
-TODO
+MiniLM (22.7 M parameters) with a new head learns whether sentences from movie reviews are positive, by full
+fine-tuning, BitFit, bottleneck adapters, prompt and prefix tuning, LoRA, DoRA, AdaLoRA and QLoRA; four learning rates
+and three seeds each, 108 runs of 20 updates.
 """
 
 from ml_collections import config_dict

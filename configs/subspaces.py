@@ -2,7 +2,9 @@ r"""Do adapters of other ranks and seeds learn the same directions?
 
     python -m experiments.ablate --config=configs/subspaces.py
 
-TODO
+MiniLM (22.7 M parameters) with a new head learns whether sentences from movie reviews are positive, by LoRA of ranks
+8 and 64 at query and value; three learning rates and three seeds, 18 runs of 40 updates. Compared are the output
+sides of the updates, since the input side is mostly what it started as.
 """
 
 from ml_collections import config_dict
