@@ -24,8 +24,8 @@ and not):
 None of the 36 differences is told apart from zero, so none of the orders that papers give is confirmed or denied.
 Four of the rates lie on the edge of the grid (◂ ▸): full fine-tuning, prompts, prefixes and AdaLoRA may do better
 beyond it, and that they lose to LoRA would not count if it were separated. What is told apart is what they cost, and
-what they forget of sentence similarity where they learn the same: full fine-tuning adds 7.3 nats more than LoRA (2.2
-to 12.4). Latencies are of a busy machine; a quantised base dequantises its weights at every pass.
+what they forget of sentence similarity where they learn the same (79 to 80 %): full fine-tuning adds 7.3 nats more
+than LoRA (2.2 to 12.4). Latencies are of a busy machine; a quantised base dequantises its weights at every pass.
 """
 
 from ml_collections import config_dict
