@@ -29,5 +29,4 @@ def get_config() -> config_dict.ConfigDict:
         steps=(16,),
     )
     config.train.batch = 8
-    config.evaluation.batch = 16
     return config

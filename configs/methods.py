@@ -4,7 +4,7 @@ r"""Which method of fine-tuning learns most, and at what cost?
 
 MiniLM (22.7 M parameters) with a new head learns whether sentences from movie reviews are positive, by full
 fine-tuning, BitFit, bottleneck adapters, prompt and prefix tuning, LoRA, DoRA, AdaLoRA and QLoRA; four learning rates
-and three seeds each, 108 runs of 20 updates. About 40 minutes on two CPU cores.
+and three seeds each, 108 runs of 20 updates. It took 40 minutes on two CPU cores.
 
 Measured (test accuracy on 473 sentences, per cent, with 95 % intervals over seeds and sentences; trained numbers,
 bytes of a checkpoint, FLOPs and peak bytes of one run's step, milliseconds of a forward pass of one sentence, merged

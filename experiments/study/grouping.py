@@ -16,7 +16,7 @@ from experiments.study.axes import Cell
 from lorax import analysis
 
 Counts = dict[str, int]  # trained numbers of each leaf
-CPU_MEMBERS = 8  # more runs at once leave the caches: MiniLM's updates take 1.15 times as long a run with 32
+CPU_MEMBERS = 8  # more gain nothing there: an update of MiniLM takes a run 1.15 times as long among 32
 FREE_PART = 0.6  # of the memory that is free, for a program: evaluation, data and the host need some, too
 
 
