@@ -2,14 +2,18 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
 import shutil
 import subprocess
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from experiments.report import __main__ as command
 from experiments.report.study import (
@@ -608,3 +612,16 @@ def test_tables_charts_and_details_work_in_a_browser(large, tmp_path):
     assert said["square"] == "lora, rank 1, q"
     assert (said["facets"], said["all facets"]) == (12, 20)
     assert said["maps"] == [False, True, True]
+
+
+@pytest.mark.parametrize("at", [(0.1, 0.11, 0.12), (0.88, 0.89, 0.9), (0.1, 0.5, 0.9)])
+def test_names_of_a_front_stand_apart_and_within_the_panel(at):
+    with matplotlib.rc_context(figures.STYLE):
+        figure = Figure(figsize=(figures.COLUMN, 2.6))
+        panel = figure.subplots()
+        panel.plot([0, *at, 1], [0.2, 0.5, 0.6, 0.55, 0.3], "o")
+        figures._above_bars(panel, [(x, 0.65, f"attention, rank {x}") for x in at])
+        figure.draw_without_rendering()
+        boxes = [Text.get_window_extent(name) for name in panel.texts]  # without the lines to their bars
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)

@@ -254,12 +254,13 @@ def _above_bars(panel: Axes, bars: Sequence[tuple[float, float, str]]) -> None:
     line = {"arrowstyle": "-", "linewidth": 0.4, "color": "#999", "relpos": (0.5, 0), "shrinkA": 0, "shrinkB": 0}
     low, high = panel.get_ylim()
     length = max(len(name) for _, _, name in bars) * 0.55 * size / 72 / inches[1]
-    foot, least = max(top for _, top, _ in bars) + 0.02 * (high - low), 0.0
+    foot = max(top for _, top, _ in bars) + 0.02 * (high - low)
     panel.set_ylim(low, low + (high - low) / (1 - min(length + 0.03, 0.6)))
     panel.set_xlim(panel.get_xlim())  # as the points leave them: the names are placed within
-    for at, top, name in bars:
-        along = max(panel.transAxes.inverted().transform(panel.transData.transform((at, top)))[0], least)
-        least = along + 1.2 * size / 72 / inches[0]
+    gap, along = 1.2 * size / 72 / inches[0], -1.0
+    for place, (at, top, name) in enumerate(bars):
+        own = panel.transAxes.inverted().transform(panel.transData.transform((at, top)))[0]
+        along = min(max(own, along + gap), 1 - gap * (len(bars) - 1 - place))
         panel.annotate(
             name, (at, top), (along, foot), textcoords=panel.get_yaxis_transform(), arrowprops=line, fontsize=size,
             rotation=90, ha="center", va="bottom",
