@@ -84,6 +84,12 @@ def assert_identical(got: Any, want: Any) -> None:
         assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
 
 
+def assert_changes_nothing(fn: Callable[..., Any], params: Any, adapter: Any, *args: Any) -> None:
+    """Not a bit of the output differs, an operation at a time: a compiler may round two programs differently."""
+    with jax.disable_jit():
+        assert_identical(lorax.adapt(fn)(params, adapter, *args), fn(params, *args))
+
+
 def value_and_grads(run: Callable[..., Any], adapter: Any, *args: Any) -> Any:
     """Outputs of `run(adapter, *args)` and gradients with respect to the adapter's params and floating arguments."""
     moving = [i for i, x in enumerate(args) if is_floating(x)]

@@ -15,6 +15,7 @@ from tests.agreement import (
     BF16_TOL,
     F32_TOL,
     FAST_COMPILE,
+    assert_changes_nothing,
     assert_close,
     assert_identical,
     how,
@@ -128,7 +129,7 @@ def test_activations(activation: str) -> None:
 
 def test_a_new_bottleneck_is_no_change_bit_for_bit_and_trains() -> None:
     adapter = made(lorax.Bottleneck(rank=3))
-    assert_identical(lorax.adapt(dense)(PARAMS, adapter, X), X @ PARAMS["w"])
+    assert_changes_nothing(dense, PARAMS, adapter, X)
     down = adapter.params["w"]["down"]
     assert abs(float(jnp.std(down)) * F**0.5 - 1) < 0.5
     assert all(not np.any(x) for n, x in adapter.params["w"].items() if n != "down")
@@ -184,7 +185,7 @@ def test_a_bias_starts_at_zero_has_loras_scaling_and_its_own_gradient() -> None:
     method = lorax.LoRA(rank=4, alpha=8, bias=True)
     adapter = made(method)
     assert_identical(adapter.params["w"]["bias"], jnp.zeros(F))
-    assert_identical(lorax.adapt(dense)(PARAMS, adapter, X), X @ PARAMS["w"])
+    assert_changes_nothing(dense, PARAMS, adapter, X)
     moved = adapter.replace(params={"w": {**adapter.params["w"], "bias": jnp.ones(F)}})
     assert_close(lorax.adapt(dense)(PARAMS, moved, X), X @ PARAMS["w"] + 2)
     other = moved.replace(state={"w": {"scale": jnp.float32(0.5)}})
