@@ -231,6 +231,7 @@ def golden_run() -> tuple[Any, Any, Any, Any]:
     return model, adapter.replace(params=start), task, tx
 
 
+@pytest.mark.slow
 def test_the_golden_run() -> None:
     model, adapter, task, tx = golden_run()
     golden = np.load(GOLDEN / "adalora/golden.npz")

@@ -181,6 +181,7 @@ def step(method: lorax.Method) -> Any:
     return jax.jit(run).trace(adapter.params, adapter.replace(params=None), params, tokens)
 
 
+@pytest.mark.slow
 def test_the_step_costs_hardly_more_than_loras() -> None:
     dora, lora = (step(method(rank=8)).lower().compile() for method in (lorax.DoRA, lorax.LoRA))
     flops = lambda c: c.cost_analysis()["flops"]

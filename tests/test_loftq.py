@@ -134,6 +134,7 @@ def test_in_every_layout_and_layer_the_error_falls(name: str, initializer: str) 
     assert np.all(often < once)
 
 
+@pytest.mark.slow
 def test_every_layer_is_fitted_by_itself() -> None:
     fn = lambda p, x: lax.scan(lambda c, w: (c, c @ w), x, p["w"])
     w_LxIxO = normal(1, 3, 16, 24) * jnp.array([1.0, 3.0, 0.1])[:, None, None]

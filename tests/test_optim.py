@@ -182,6 +182,7 @@ def test_state_lives_on_the_host_and_the_numbers_are_the_same(name: str) -> None
     assert_identical(jax.device_get(state), jax.device_get(want_state))
 
 
+@pytest.mark.slow
 def test_uncompiled_compiled_and_scanned_steps_keep_it_there() -> None:
     adapter = randomised(make())
     tx = optim.offload(optax.adam(1e-2))

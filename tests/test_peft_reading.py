@@ -289,6 +289,7 @@ def test_some_layers_of_a_stack_are_saved(tmp_path):
     assert_identical(tensors_of(tmp_path / "b"), tensors_of(directory))
 
 
+@pytest.mark.slow
 def test_a_quantised_base():
     """Factors are read as ever, and DoRA's norms are the dequantised weights'."""
     base = decoder()

@@ -287,6 +287,7 @@ def test_pruned_triplets_are_left_out(tmp_path):
     assert (config["init_r"], config["lora_alpha"], config["peft_type"]) == (3, 5, "ADALORA")
 
 
+@pytest.mark.slow
 def test_triplets_of_different_ranks_are_padded(tmp_path):
     base = decoder()
     alpha = 5 * (2 + 1e-5) / (3 + 1e-5)  # the same scaling

@@ -529,6 +529,7 @@ def test_partition_specs() -> None:
     assert tuple(flat.partition_specs(jax.P("data", None, "model"), mesh).codes) == ("data", None, None)
 
 
+@pytest.mark.slow
 def test_on_eight_devices() -> None:
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.quant_on_eight_devices"]

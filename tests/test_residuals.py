@@ -80,6 +80,7 @@ def test_value_and_gradients_are_those_of_a_loop(method: lorax.Method) -> None:
     assert_close(got, want, 20 * F32_TOL)
 
 
+@pytest.mark.slow
 def test_forward_mode_second_derivatives_and_vmap_agree_with_the_backward_pass() -> None:
     adapter = adapter_for(scanned(layer), PARAMS, X, method=lorax.DoRA(rank=2, dropout=0.5), only="up|down")
     tangent = jax.tree.map(jnp.cos, adapter.params)

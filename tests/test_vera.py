@@ -158,6 +158,7 @@ def test_a_table_and_a_matrix_of_one_shape_have_their_own() -> None:
     np.testing.assert_allclose(table, np.sqrt(6) * matrix, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_high_rank_is_no_mistake() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -240,6 +241,7 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], needle: str) -> No
         VeRA(**settings)
 
 
+@pytest.mark.slow
 def test_dropout_acts_on_what_enters() -> None:
     adapter = randomised(made(dropout=0.5))
     with_key = lorax.adapt(fn)(PARAMS, adapter, X, rng=jax.random.key(0))

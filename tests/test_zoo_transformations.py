@@ -161,6 +161,7 @@ def test_materialising_stays_inside_the_scan() -> None:
     assert all(v.aval.shape != stack for e in products for v in e.outvars)
 
 
+@pytest.mark.slow
 def test_eight_devices() -> None:
     """Sharded parameters, `shard_map`, Explicit and Auto meshes, in a process with eight fake devices."""
     root = Path(__file__).parents[1]

@@ -91,6 +91,7 @@ def test_the_table_prints_what_was_compiled(capsys: pytest.CaptureFixture[str]) 
     assert forward < both
 
 
+@pytest.mark.slow
 def test_a_scanned_decoder_over_nf4_has_a_smaller_base(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"vocab_size": 64, "layers": 2, "dim": 64, "heads": 2, "kv_heads": 1, "head_dim": 32, "ffn_dim": 64}
     config = LlamaConfig(**sizes, max_positions=8)

@@ -158,6 +158,7 @@ def test_a_model_without_biases_has_nothing_for_bitfit(inputs):
 # A quantised base, an optimiser's state in host memory, AdaLoRA's budget.
 
 
+@pytest.mark.slow
 def test_adapter_for_peft_loads_back_to_the_same_logits(inputs, qlora):
     _, run_dir, _ = qlora
     model = preparation.load_model(configured(inputs, "qlora", **QLORA))
@@ -184,6 +185,7 @@ def test_budget_counts_what_a_quantised_base_takes(qlora):
     assert result["merge_check"] == {"skipped": "the base is quantised"}
 
 
+@pytest.mark.slow
 def test_loftq_quantises_the_base_with_a_view_to_the_adapter(inputs):
     rank = {"method": "loftq", "model.quantize": "int4", "lora.rank": 8, "lora.targets": QUERY_VALUE}
     config = configured(inputs, "loftq_base", **rank)
@@ -225,6 +227,7 @@ def test_adalora_stops_and_goes_on_within_its_budget_bit_for_bit(inputs, adalora
     assert sum(int(ranks.sum()) for ranks in lorax.optim.live_ranks(adapters[0]).values()) == 2 * LAYERS
 
 
+@pytest.mark.slow
 def test_adalora_logs_the_loss_of_the_task_alone(qlora, adalora):
     first, of_lora = adalora[2][0], qlora[2][0]
     assert first["loss"] == pytest.approx(of_lora["loss"], rel=SAME_LOSS)  # neither has changed the base yet

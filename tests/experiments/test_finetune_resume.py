@@ -89,6 +89,7 @@ def test_killed_again_and_again_it_ends_with_the_same_losses_and_factors(inputs,
     assert_same_run(run_dir, uninterrupted[0], inputs)
 
 
+@pytest.mark.slow
 def test_on_sigterm_it_saves_exits_and_goes_on(inputs, uninterrupted):
     run_dir = inputs.folder / "terminated"
     process = start(inputs, run_dir)

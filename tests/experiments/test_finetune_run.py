@@ -120,6 +120,7 @@ def test_pattern_without_a_leaf_is_refused_before_training(inputs):
     assert not (inputs.folder / "pattern" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(inputs):
     run_dir = inputs.folder / "burst"
     changes = {

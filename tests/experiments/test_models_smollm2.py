@@ -39,6 +39,7 @@ def test_config(model):
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.slow
 def test_knows_capitals(model):
     paris, berlin = ask(model, ["What is the capital of France?", "What is the capital of Germany?"])
     assert "Paris" in paris
