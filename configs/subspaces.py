@@ -27,4 +27,5 @@ def get_config() -> config_dict.ConfigDict:
         seed=(0, 1, 2),
         steps=(40,),
     )
+    config.keep = "all"  # adapters: subspaces can be compared at the same rate too
     return config
