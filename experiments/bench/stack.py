@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -63,9 +64,10 @@ class Program:
 
 def build(step: Callable[..., Any], params: Any, adapter: Any, opt_state: Any, tokens: jax.Array) -> Program:
     """Compile a step."""
-    lowered = jax.jit(step, donate_argnums=(1, 2)).lower(params, adapter, opt_state, tokens)
     took = []
     for _ in range(COMPILES):
+        anew = functools.partial(step)  # what was lowered before would be compiled once and kept
+        lowered = jax.jit(anew, donate_argnums=(1, 2)).lower(params, adapter, opt_state, tokens)
         start = time.perf_counter()
         compiled = lowered.compile()
         took.append(time.perf_counter() - start)
