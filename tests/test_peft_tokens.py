@@ -9,15 +9,7 @@ import pytest
 
 import lorax
 from lorax import TrainableTokens
-from tests.agreement import (
-    abstract,
-    assert_agrees,
-    assert_changes_nothing,
-    assert_identical,
-    how,
-    normal,
-    randomised,
-)
+from tests.agreement import abstract, assert_agrees, assert_identical, how, normal, randomised, run
 
 PARAMS = {"embed": normal(0, 7, 4), "head": normal(1, 4, 5)}
 TOKENS = jnp.asarray([[1, 3, 6], [3, 0, 5]])
@@ -44,7 +36,7 @@ def adapter_of(fn, params, method, path="embed"):
 @pytest.mark.parametrize("fn", [untied, tied])
 def test_it_starts_as_no_change_at_all(fn):
     adapter = adapter_of(fn, PARAMS, TrainableTokens(tokens=(3, 5)))
-    assert_changes_nothing(fn, PARAMS, adapter, TOKENS)
+    np.testing.assert_array_equal(run(lorax.adapt(fn), PARAMS, adapter, TOKENS), run(fn, PARAMS, TOKENS))
     assert_identical(lorax.merge(PARAMS, adapter), PARAMS)
 
 

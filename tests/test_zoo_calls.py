@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import lorax
-from tests.agreement import assert_changes_nothing
 from tests.zoo import leaves_by_path
 from tests.zoo.dense import TOL, X_BxI, count_numbers, disturbed, make
 from tests.zoo.entry import normal
@@ -52,7 +51,7 @@ def test_bitfit_norm_tuning_head_and_full_fine_tuning_are_specs(pattern: str, nu
 
 def test_full_starts_at_the_base_and_equals_ordinary_fine_tuning() -> None:
     fn, params, args, adapter = make(lorax.Full(), ".*", random=False)
-    assert_changes_nothing(fn, params, adapter, *args)
+    np.testing.assert_array_equal(lorax.adapt(fn)(params, adapter, *args), fn(params, *args))
     grad = jax.grad(lambda p: jnp.sum(fn(p, *args) ** 2))(params)
     mine = jax.grad(lambda p: jnp.sum(lorax.adapt(fn)(params, adapter.replace(params=p), *args) ** 2))(adapter.params)
     for path, value in leaves_by_path(grad).items():
