@@ -44,7 +44,7 @@ def get_config() -> config_dict.ConfigDict:
     config.axes.update(
         method=("full", "bitfit", "bottleneck", "prompt", "prefix", "lora", "dora", "adalora", "qlora"),
         rank=(8,),
-        lr=(3e-4, 1e-3, 3e-3, 1e-2),
+        lr=(1e-4, 5e-4, 2e-3, 1e-2, 5e-2),
         seed=(0, 1, 2),
         steps=(20,),
     )
