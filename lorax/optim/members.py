@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lorax import compat
 from lorax.adapter import Adapter
 from lorax.methods.base import OF_A_MEMBER
 
@@ -37,8 +36,9 @@ def stacked(
     """Train each member of a stack by an optimiser of its own, all in one program.
 
     What an optimiser does to a gradient as a whole, such as clipping its norm, it does to each member's. A member whose
-    loss or gradient is not finite is stopped there for good: its parameters and its optimiser's state stay what they
-    were before that update, and the others do not notice.
+    loss or gradient is not finite is stopped there for good: its parameters stay what they were before that update, and
+    the others do not notice. (Its optimiser's state says no more, and may be NaN: to keep it too would cost all members
+    a copy of theirs at every step.)
 
     Args:
       make: `make(adapter, **settings) -> optimiser` of one member, with its settings as scalars. It is called under
@@ -97,9 +97,7 @@ def stacked(
             more = extra if value is None else {**extra, "value": value}
             moved, new = of_member(settings, marks, params).update(grads, inner, params, **more)
             has_diverged |= ~_is_finite((settings, grads, value))
-            still = lambda new, old: jnp.where(has_diverged, old, new)
-            moved = jax.tree.map(lambda x: still(x, jnp.zeros_like(x)), moved)
-            return moved, has_diverged, jax.tree.map(still, new, inner)
+            return jax.tree.map(lambda x: jnp.where(has_diverged, jnp.zeros_like(x), x), moved), has_diverged, new
 
         moved, diverged, inner = jax.vmap(one)(
             state.settings, state.diverged, state.inner, state.marks, updates, params, value
@@ -110,11 +108,8 @@ def stacked(
 
 
 def _is_finite(tree: Any) -> jax.Array:
-    """Tell whether all numbers are finite, by one reduction: one for each array would be a third of the program."""
-    arrays = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
-    if any(compat.explicit_mesh(x) is not None for x in arrays):  # arrays that are split cannot be joined
-        return jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays]).all()
-    return jnp.all(jnp.isfinite(jnp.concatenate([x.ravel() for x in arrays])))
+    """Tell whether all numbers are finite; a largest number that is NaN or infinite says so for its whole array."""
+    return jnp.isfinite(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(tree)])).all()
 
 
 def _marks(stack: Adapter) -> Any:
