@@ -25,7 +25,8 @@ def offload(inner: optax.GradientTransformation) -> optax.GradientTransformation
 
     A compiled step that donates the state has to donate the params too, and to return both in the order in which it got
     them, before all else. On a single device JAX (0.10 to 0.12) gives a donated buffer to the first output of its shape
-    and dtype, and the process is aborted where that is in another memory.
+    and dtype, and the process is aborted where that is in another memory. JAX 0.10.0 returns a donated state in device
+    memory (0.10.2 does not).
 
     Args:
       inner: the optimiser.
