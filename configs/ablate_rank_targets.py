@@ -34,13 +34,13 @@ def get_config() -> config_dict.ConfigDict:
     config.name = "ablate_rank_targets"
     config.run_dir = "runs/ablate_rank_targets"
     config.problem.update(problems.defaults("sentences"))
-    config.problem.retained_examples = 8
+    config.problem.retained_examples = 16
     config.axes.update(
         targets=("qv", "attention", "mlp"),
         rank=(1, 4, 16, 64),
         lr=(7e-4, 2e-3, 6e-3),
         seed=(0, 1, 2),
-        steps=(16,),
+        steps=(20,),
     )
     config.evaluation.points = 2
     config.sizes.full = {
