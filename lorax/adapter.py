@@ -23,16 +23,18 @@ from lorax.spec import Spec
 class Plan:
     """What an adapter is, apart from its arrays: every adapted site with its method, and the spec they came from.
 
-    That of a stack has what its members have in common, and the members'.
+    That of a stack has what its members have in common, and the members'; in a selection by an array these are the
+    members that were chosen from, which no longer says which of the arrays is whose.
     """
 
     entries: tuple[tuple[Site, Method], ...]
     spec: Spec
     members: tuple[Member, ...] = ()
+    is_selection: bool = False
 
     def __hash__(self) -> int:  # jit asks for it at every call
         if "_hash" not in self.__dict__:
-            object.__setattr__(self, "_hash", hash((self.entries, self.spec, self.members)))
+            object.__setattr__(self, "_hash", hash((self.entries, self.spec, self.members, self.is_selection)))
         return self.__dict__["_hash"]
 
     def __eq__(self, other: object) -> bool:
@@ -42,6 +44,7 @@ class Plan:
             and self.entries == other.entries
             and self.spec == other.spec
             and self.members == other.members
+            and self.is_selection == other.is_selection
         )
 
     @functools.cached_property

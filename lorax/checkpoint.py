@@ -279,6 +279,8 @@ def _described_plan(plan: Plan) -> dict[str, Any]:
     }
     if plan.members:
         described["members"] = [{**_described_plan(m.plan), "shapes": m.shapes} for m in plan.members]
+    if plan.is_selection:
+        described["is_selection"] = True
     return described
 
 
@@ -314,7 +316,7 @@ def _plan(path: str, document: Mapping[str, Any]) -> Plan:
     spec = Spec([(pattern, _method(path, m)) for pattern, m in document["spec"]])
     shapes = lambda listed: tuple((tuple(key), tuple(shape)) for key, shape in listed)
     members = (Member(_plan(path, m), shapes(m["shapes"])) for m in document.get("members", ()))
-    return Plan(entries, spec, tuple(members))
+    return Plan(entries, spec, tuple(members), document.get("is_selection", False))
 
 
 def _read_document(path: str) -> dict[str, Any]:

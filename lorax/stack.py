@@ -6,6 +6,7 @@ the largest; what a member lacks is zero, or is marked so, in a way that trainin
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,9 +30,10 @@ def stack(adapters: Iterable[Adapter]) -> Adapter:
 
     The adapters may differ in targets, ranks and lengths (whatever a method names in `sizes`), scalings, initial values
     and dropout, without recompiling. Ranks are filled up with zeros, whose gradients are zero; where that is not so the
-    state carries a mask. Each member trains as if alone, with any optimiser that is elementwise or gets one member at a
-    time (`lorax.optim.stacked`). The base is no part of it: `jax.vmap(lorax.adapt(fn), in_axes=(None, 0, None))` keeps
-    one product with each base weight for all members.
+    state carries a mask. Each member trains as if alone, with any optimiser that is elementwise, or but for norms of a
+    member's arrays or gradient (`lorax.optim.stacked`): one that asks for shapes or rows, as Adafactor and Muon do,
+    sees the common shape where ranks differ. The base is no part of it: `jax.vmap(lorax.adapt(fn), in_axes=(None, 0,
+    None))` keeps one product with each base weight for all members.
 
     Args:
       adapters: at least one, of one base and function.
@@ -54,6 +56,8 @@ def stack(adapters: Iterable[Adapter]) -> Adapter:
     >>> [adapter.params["kernel"]["a"].shape for adapter in unstack(both)]
     [(4, 1), (4, 3)]
     """
+    if isinstance(adapters, Adapter):
+        raise TypeError("stack: there is one adapter alone; expected a list of them")
     members = list(adapters)
     for place, adapter in enumerate(members):
         if not isinstance(adapter, Adapter):
@@ -90,7 +94,7 @@ def unstack(adapter: Adapter) -> list[Adapter]:
     Raises:
       ValueError: it is no stack.
     """
-    return [select(adapter, i) for i in range(_count(adapter))]
+    return [select(adapter, i) for i in range(count_members(adapter))]
 
 
 def select(adapter: Adapter, index: Any) -> Adapter:
@@ -101,20 +105,25 @@ def select(adapter: Adapter, index: Any) -> Adapter:
       index: an int gives the member as it was before it was stacked. An integer array, traced or not, gives members in
         the stack's common shape, with the array's axes in front, so that one program serves all: a scalar swaps
         adapters without recompiling, and one index an example is a batch of examples with an adapter each,
-        `jax.vmap(adapted, (None, 0, 0))(params, lorax.select(stack, ids), x)`.
+        `jax.vmap(adapted, (None, 0, 0))(params, lorax.select(stack, ids), x)`. They keep that shape when they are
+        unstacked. As in JAX, a number in an array that is too high gives the last member.
 
     Raises:
       ValueError: it is no stack, or has no member of that number.
+      TypeError: the index is neither an int nor an array.
     """
     if isinstance(index, jax.Array | np.ndarray):
         if not jnp.issubdtype(index.dtype, jnp.integer):
             raise ValueError(f"select: an index of dtype {index.dtype}; expected whole numbers")
-        return jax.tree.map(lambda x: jnp.asarray(x)[index], adapter)
-    count, place = _count(adapter), operator.index(index)
+        params, state = jax.tree.map(lambda x: jnp.asarray(x)[index], (adapter.params, adapter.state))
+        return Adapter(params, state, dataclasses.replace(adapter.plan, is_selection=True))
+    if not hasattr(index, "__index__"):
+        raise TypeError(f"select: the index is a {type(index).__name__}, expected an int or an array of ints")
+    count, place = count_members(adapter), operator.index(index)
     if not -count <= place < count:
         raise ValueError(f"select: no member {place}; the stack has {count}")
     place %= count
-    if not adapter.plan.members:
+    if not _tells_members_apart(adapter.plan):
         return jax.tree.map(lambda x: x[place], adapter)
     member = adapter.plan.members[place]
     entry_of = {own: common for common, own in _entries(adapter.plan, member.plan).items()}
@@ -239,17 +248,26 @@ def _stacked(key: Key, arrays: Sequence[Any], bonds: Sequence[int], fills_with_z
     return jnp.stack([filled(x) for x in arrays])
 
 
-def _count(adapter: Adapter) -> int:
-    """Return the number of members."""
+def _tells_members_apart(plan: Plan) -> bool:
+    return bool(plan.members) and not plan.is_selection
+
+
+def count_members(adapter: Adapter) -> int:
+    """Return the number of members of a stack.
+
+    Raises:
+      TypeError: it is no adapter.
+      ValueError: it has no axis of members, or is a part of a stack.
+    """
     if not isinstance(adapter, Adapter):
         raise TypeError(f"expected a stack of adapters, got a {type(adapter).__name__}")
     site, method = adapter.plan.entries[0]
     name, array = next(iter(adapter.params[site.path].items()))
     expected = len(method.axes(site, name)) + 1
     listed = f"{site.path}: {name!r} has shape {tuple(array.shape)}"
-    if array.ndim != expected and not adapter.plan.members:
+    if array.ndim != expected and not _tells_members_apart(adapter.plan):
         raise ValueError(f"{listed}, which has no axis of members; lorax.stack makes a stack of adapters")
     count = array.shape[0] if array.ndim else 0
-    if adapter.plan.members and (count != len(adapter.plan.members) or array.ndim != expected):
+    if _tells_members_apart(adapter.plan) and (count != len(adapter.plan.members) or array.ndim != expected):
         raise ValueError(f"{listed}, and {len(adapter.plan.members)} adapters were stacked; it is a part of a stack")
     return count

@@ -215,6 +215,22 @@ def test_an_adapter_an_example() -> None:
         assert_close(one, lorax.adapt(model)(PARAMS, pair[int(i)], example))
 
 
+@pytest.mark.parametrize("name", ["LoRA", "VeRA"])  # with ranks of their own, with arrays in common
+def test_members_in_another_order_stay_who_they_are(name: str, tmp_path: Path) -> None:
+    first, second, *_ = (randomised(adapter, i) for i, adapter in enumerate(members(name)))
+    turned = lorax.select(lorax.stack([first, second]), np.asarray([1, 0]))
+    lorax.save(tmp_path / name, turned, base=PARAMS)
+    for stack in (turned, lorax.restore(tmp_path / name, base=PARAMS)):
+        assert stack.plan == turned.plan
+        answers = [lorax.adapt(model)(PARAMS, one, TOKENS) for one in lorax.unstack(stack)]
+        wanted = [lorax.adapt(model)(PARAMS, alone, TOKENS) for alone in (second, first)]
+        assert_close(answers, wanted)
+        assert not np.allclose(*answers, atol=0.1)
+    with pytest.raises(ValueError, match="number 0 is a stack itself"):
+        lorax.stack([turned])
+    assert len(lorax.unstack(lorax.select(turned, np.asarray([0, 0, 1])))) == 3
+
+
 def test_a_traced_index_swaps_without_compiling_anew() -> None:
     pair = lora_pair()
     stack = lorax.stack(pair)
@@ -403,7 +419,11 @@ def test_what_cannot_be_stacked() -> None:
         lorax.stack([lora(), elsewhere])
     with pytest.raises(TypeError, match="number 0 is a dict"):
         lorax.stack([{}])
+    with pytest.raises(TypeError, match="there is one adapter alone; expected a list"):
+        lorax.stack(lora())
     stack = lorax.stack([lora(), lora(rank=2)])
+    with pytest.raises(TypeError, match="the index is a list, expected an int or an array"):
+        lorax.select(stack, [0, 1])
     for index in (2, -3):
         with pytest.raises(ValueError, match="the stack has 2"):
             lorax.select(stack, index)
@@ -411,6 +431,8 @@ def test_what_cannot_be_stacked() -> None:
         lorax.unstack(jax.tree.map(lambda x: x[:1], stack))
     with pytest.raises(ValueError, match=r"rate has shape \(3,\), expected one number or one for each of 2"):
         lorax.optim.stacked(lambda adapter, rate: optax.sgd(rate), stack, rate=[1, 2, 3])
+    with pytest.raises(ValueError, match="no axis of members; lorax.stack makes a stack"):
+        lorax.optim.stacked(lambda adapter, rate: optax.sgd(rate), lora(), rate=1.0)
     with pytest.raises(ValueError, match=r"use lorax\.optim\.stacked"):
         lorax.optim.adalora(optax.adam(1e-3), lorax.stack(members("AdaLoRA")), total_steps=9)
     with pytest.raises(ValueError, match="Values of several adapters are for jax.vmap"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -51,13 +52,13 @@ class Problem:
         data: `{"train": …, "validation": …, "test": …}`, arrays with a leading axis of examples.
         targets: names for sets of leaf paths that a study can adapt: `{"qv": r"layers/attn/(query|value)/kernel"}`.
         score: `(outputs, batch) -> float32 [B]` in [0, 1], higher is better; None: minus the loss.
-        score_name: what the report calls the score.
+        score_name: what the report calls the score; empty: accuracy, or minus the loss where there is no score.
         always: trained in every cell beside the method, such as `{r"classifier/.*": lorax.Full()}` for a new head.
         with_placeholders: makes the same problem with n positions in front of every example, which the loss
             ignores: what prompts and prefixes learn.
         placements: where methods go that are not put at `targets`: `bitfit`, `norm`, `prompt`, `prefix`,
             `bottleneck_houlsby`, `bottleneck_pfeiffer`, `ia3_output`, `ia3_input`.
-        quantizable: the leaves that a quantised base stores in few bits; empty: none can be.
+        quantizable: the leaves that a quantised base stores in few bits; empty: those of the targets "all".
         retained: what the base could do before, for forgetting.
         tokens_per_example: positions that an example takes, for throughput.
         facts: what else the report says of the data and the model, `{heading: text}`.
@@ -70,7 +71,7 @@ class Problem:
     data: Mapping[str, Arrays]
     targets: Mapping[str, Patterns]
     score: PerExample | None = None
-    score_name: str = "accuracy"
+    score_name: str = ""
     always: Mapping[str, lorax.Method] = dataclasses.field(default_factory=dict)
     with_placeholders: Callable[[int], Problem] | None = None
     placements: Mapping[str, Patterns] = dataclasses.field(default_factory=dict)
@@ -78,6 +79,26 @@ class Problem:
     retained: Retained | None = None
     tokens_per_example: int = 1
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Name the score."""
+        named = self.score_name or ("accuracy" if self.score else "minus the loss")
+        object.__setattr__(self, "score_name", named)
+
+    def digests(self) -> dict[str, str]:
+        """Return what tells whether two problems have the same parameters and data: a digest of each part."""
+        parts: dict[str, Any] = {"params": self.params, **self.data}
+        parts |= {"retained": self.retained.data} if self.retained else {}
+        return {name: _digest(tree) for name, tree in parts.items()}
+
+
+def _digest(tree: Any) -> str:
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} ".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
 
 
 def examples(data: Arrays) -> int:

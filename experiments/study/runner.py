@@ -79,6 +79,7 @@ class _Study:
         self.programs = Programs(self.adaptations, config.train.batch)
         self.results = Results(self.adaptations, self.directory)
         self.cells: list[Cell] = []
+        self.digests: dict[str, str] = {}
         self.groups: list[Group] = []
 
     def plan(self, command: str) -> None:
@@ -86,6 +87,7 @@ class _Study:
         settings = json.loads(to_json(self.config))
         self.directory.check_same(settings)
         self.cells = axes.cells(self.config, self.adaptations)
+        self.digests = self.problem.digests()
         stored = self.directory.read("study.json")
         if stored is None:
             model = f"{self.problem.name}, {_numbers(self.problem.params):,} parameters"
@@ -94,6 +96,13 @@ class _Study:
             self.directory.write("environment.json", environment(self.config, command=command, model=model))
             self.directory.write("study.json", stored)
         by_id = {cell.id: cell for cell in self.cells}
+        before = stored["problem"].get("digests", self.digests)
+        changed = sorted(name for name in before.keys() | self.digests if before.get(name) != self.digests.get(name))
+        if changed:
+            raise ValueError(
+                f"{self.directory.path}: the study began with other numbers in its problem's {', '.join(changed)}, and "
+                "its runs would not compare. Give another --config.run_dir, or delete that directory to start anew"
+            )
         if stored["cells"] != [dataclasses.asdict(cell) for cell in self.cells]:
             raise ValueError(
                 f"{self.directory.path}: its runs are others than the problem {self.problem.name} gives now; was the "
@@ -120,7 +129,12 @@ class _Study:
         facts = {"Examples": count, "Base parameters": f"{_numbers(self.problem.params):,}", **self.problem.facts}
         return {
             "axes": axes.values(self.cells),
-            "problem": {"name": self.problem.name, "score_name": self.problem.score_name, "facts": facts},
+            "problem": {
+                "name": self.problem.name,
+                "score_name": self.problem.score_name,
+                "facts": facts,
+                "digests": self.digests,
+            },
             "cells": [dataclasses.asdict(cell) for cell in self.cells],
             "groups": [
                 {"id": f"g{place:0{digits}}", "cells": [cell.id for cell in part]} for place, part in enumerate(parts)

@@ -26,6 +26,13 @@ OPEN = ("axes", "problem", "sizes", "targets")  # sections whose names a configu
 _OF_METHODS = ("adalora", "lora_plus", "vera", "lokr", "bottleneck", "ia3", "tuning")  # as when fine-tuning
 
 
+class Axes(Config):
+    """The axes of a study. A range is kept as the tuple that it stands for: the command line knows none."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, tuple(value) if isinstance(value, range) else value)
+
+
 def defaults() -> Config:
     """Return a fresh configuration."""
     shared = training.defaults()
@@ -81,6 +88,7 @@ def defaults() -> Config:
         convert_dict=True,
         type_safe=False,  # an axis may be a range, a list, a single value
     )
+    config.axes = Axes(config.axes)
     config.lock()
     for name in OPEN:
         config[name].unlock()

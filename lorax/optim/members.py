@@ -11,6 +11,7 @@ import optax
 
 from lorax.adapter import Adapter
 from lorax.methods.base import OF_A_MEMBER
+from lorax.stack import count_members
 
 
 class StackedState(NamedTuple):
@@ -52,7 +53,7 @@ def stacked(
       with one number a member; without it only the gradients tell who diverged. `state.diverged` says it.
 
     Raises:
-      ValueError: a setting has neither one value nor one a member.
+      TypeError, ValueError: `stack` is none, or a setting has neither one value nor one a member.
 
     >>> import lorax
     >>> fn = lambda params, x: x @ params["kernel"]
@@ -70,7 +71,7 @@ def stacked(
     >>> state.diverged.tolist(), (losses[:2] < 1).tolist()
     ([False, False, True], [True, True])
     """
-    count = jax.tree.leaves(stack.params)[0].shape[0]
+    count = count_members(stack)
     per_member: dict[str, jax.Array] = {}
     for name, value in settings.items():
         values = jnp.asarray(value)

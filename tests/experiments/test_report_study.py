@@ -183,6 +183,25 @@ def test_unfinished_study_has_a_page_of_what_there_is(tmp_path):
     assert headings == {"answer", "heat", "sweeps", "curves", "costs", "cells", "reproduce"}
 
 
+def test_study_whose_runs_all_diverged_says_so(tmp_path):
+    every = [f"rank={rank}_lr={lr}_seed={seed}" for rank in (1, 16) for lr in SMALL["lr"] for seed in (0, 1)]
+    page_of = rendered(write_study(tmp_path / "a", SMALL, diverged=every))
+    assert "All 12 runs that have ended diverged" in page_of and "No run has ended" not in page_of
+
+
+def test_validation_that_is_not_finite_leaves_the_figures_that_there_are(tmp_path):
+    directory = write_study(tmp_path / "a", SMALL)
+    for path in directory.glob("cells/*/result.json"):
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | {"validation": {"loss": None, "score": None}}))
+    for path in directory.glob("cells/*/items.npz"):
+        with np.load(path) as arrays:
+            np.savez(path, **{name: x - 10 for name, x in arrays.items()})  # no fractions: the worst is infinite
+    written = figures.write(found_in(directory), tmp_path / "figures")
+    names = {path.stem for path in written}
+    assert "heat_rank" in names and "sweep" not in names
+
+
 def test_study_without_any_result_has_a_page(tmp_path):
     write_study(tmp_path, {"rank": [1], "seed": [0]}, missing=("rank=1_seed=0",), analysis=False)
     headings = {a["id"] for a in Outline(rendered(tmp_path)).all("h2")}
@@ -386,6 +405,12 @@ def test_studies_that_cannot_be_compared_are_refused(tmp_path):
     (b / "study.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="its problem is digits .* report them apart"):
         reading.read([a, b])
+    for directory, digest in ((a, "1"), (b, "2")):
+        stored = json.loads((directory / "study.json").read_text())
+        stored["problem"] |= {"name": "sentences", "digests": {"train": digest, "test": digest, "retained": "0"}}
+        (directory / "study.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match="b: its test examples are not those of .*a; such scores do not compare"):
+        reading.read([a, b])
     with pytest.raises(ValueError, match="named twice"):
         reading.read([a, a])
 
@@ -431,6 +456,8 @@ def test_band_of_a_run_that_ended_early_has_no_invented_values(found):
 def test_results_are_one_row_a_run(found):
     rows = list(csv.DictReader(io.StringIO(tidy.results_csv(found))))
     assert len(rows) == 81
+    header = tidy.results_csv(found).splitlines()[0].split(",")
+    assert len(set(header)) == len(header)
     row = rows[0]
     cell = found.study.cells[0]
     assert (row["cell"], row["configuration"], row["rank"], row["lr"]) == (cell.id, "rank 1, qv", "1", "0.0001")

@@ -176,9 +176,25 @@ def test_it_does_not_go_on_with_another_problem(study, tmp_path):
     shutil.copytree(run_dir, tmp_path / "copy")
     moved = toy_study.resolved(tmp_path / "copy", lr=(3e-2, 1e38))
     problem = toy_problem.make()
+    other = {**problem.data, "test": {name: x[::-1] for name, x in problem.data["test"].items()}}
+    with pytest.raises(ValueError, match="began with other numbers in its problem's test, and its runs would not"):
+        toy_study.run(moved, dataclasses.replace(problem, data=other))
+    scaled = {**problem.params, "embed": 2 * problem.params["embed"]}
+    with pytest.raises(ValueError, match="other numbers in its problem's params, and"):
+        toy_study.run(moved, dataclasses.replace(problem, params=scaled))
+    stored = json.loads((tmp_path / "copy" / "study.json").read_text())
+    del stored["problem"]["digests"]  # as before they were stored
+    (tmp_path / "copy" / "study.json").write_text(json.dumps(stored))
     fewer = {**problem.data, "train": {name: x[:90] for name, x in problem.data["train"].items()}}
     with pytest.raises(ValueError, match="its runs are others than the problem toy gives now"):
         toy_study.run(moved, dataclasses.replace(problem, data=fewer))
+
+
+def test_a_score_has_a_name():
+    problem = toy_problem.make()
+    assert problem.score_name == "accuracy"
+    assert dataclasses.replace(problem, score=None, score_name="").score_name == "minus the loss"
+    assert dataclasses.replace(problem, score_name="right").score_name == "right"
 
 
 def test_a_directory_that_is_no_study_is_left_alone(tmp_path):

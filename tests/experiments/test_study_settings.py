@@ -51,6 +51,7 @@ def test_a_size_that_sets_what_is_unknown_names_the_nearest():
 def test_axes_are_given_as_single_values_ranges_and_named_patterns():
     config = toy_study.get_config()
     config.axes.update(rank=8, seed=range(3), targets={"mine": "layers/up/kernel"})
+    assert config.axes.seed == (0, 1, 2)  # what the command line can override
     found = settings.resolve(config, {}, "")
     assert (found.axes.rank, found.axes.seed, found.axes.targets) == ((8,), (0, 1, 2), ("mine",))
     assert found.targets.to_dict() == {"mine": "layers/up/kernel"}

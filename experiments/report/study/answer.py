@@ -36,7 +36,11 @@ def header(found: Findings) -> Markup:
 def answer(found: Findings) -> Markup:
     """Return what the comparisons say, what they cannot, and the table of results."""
     if not found.judged:
-        return section("answer", "Answer", element("p", "No run has ended yet.", class_="lead"))
+        ended = [cell for cell in found.study.cells if cell.status != NOT_RUN]
+        said = (
+            f"All {len(ended):,} runs that have ended diverged: lower the rates." if ended else "No run has ended yet."
+        )
+        return section("answer", "Answer", element("p", said, class_="lead"))
     said = [_best(found), *(_effect(found, effect) for effect in found.effects)]
     about = (
         f"Each configuration is judged on the test examples, at the learning rate that had the best validation "

@@ -81,7 +81,14 @@ def charts(found: Findings) -> dict[str, dict[str, Any]]:
             "parts": "Leaf", "lines": _spectra(found),
         },
     }  # fmt: skip
+    for chart in made.values():
+        least = 0.0 if chart["y"].get("log") else -math.inf
+        chart["lines"] = [line for line in chart["lines"] if _has_points(line["y"], above=least)]
     return {name: chart for name, chart in made.items() if chart["lines"]}
+
+
+def _has_points(values: Sequence[float | None], *, above: float) -> bool:
+    return any(value is not None and above < value < math.inf for value in values)
 
 
 def _sweep(one: Configuration) -> Line | None:

@@ -21,6 +21,7 @@ WITHIN = ("lr", "seed")  # the axes that a configuration leaves open
 DERIVED = ("rank",)  # may follow from a budget, and is not what was asked then
 RUN = "run"  # the axis that tells the runs apart, where several were joined whose cells have the same settings
 NOT_RUN = "not run"
+SCORED = ("test", "retained")  # examples that have to be the same where studies are compared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +150,11 @@ def read(directories: Sequence[pathlib.Path]) -> Study:
                 f"{directory}: its problem is {problem['name']} ({problem['score_name']}), that of {directories[0]} is "
                 f"{problems[0]['name']} ({problems[0]['score_name']}); such scores do not compare: report them apart"
             )
+        if others := [name for name in SCORED if _digest(problem, name) != _digest(problems[0], name)]:
+            raise ValueError(
+                f"{directory}: its {' and '.join(others)} examples are not those of {directories[0]}; such scores do "
+                "not compare: report them apart"
+            )
     axes = list(dict.fromkeys(axis for study in studies for axis in study["axes"]))
     declared = [
         [{axis: cell["settings"].get(axis) for axis in axes} for cell in study["cells"]] for study in studies
@@ -179,6 +185,10 @@ def read(directories: Sequence[pathlib.Path]) -> Study:
         ],
         analysis=_analysis(directories, prefixes),
     )
+
+
+def _digest(problem: Mapping[str, Any], part: str) -> str | None:
+    return problem.get("digests", {}).get(part)
 
 
 def _run_names(directories: Sequence[pathlib.Path]) -> list[str]:

@@ -19,7 +19,7 @@ def results_csv(found: Findings) -> str:
     axes = list(found.study.axes)
     names = [f"{split}_{name}" for split, name in MEASURED]
     header = ["cell", "configuration", *axes, "status", "diverged_at", "chosen_rate", *names]
-    header += [f"base_{name}" for name in names] + ["tokens", "steps", "group"] + [cost.name for cost in COSTS]
+    header += [f"base_{name}" for name in names] + ["tokens", "group"] + [cost.name for cost in COSTS]
     written = io.StringIO()
     rows = csv.writer(written, lineterminator="\n")
     rows.writerow(header)
@@ -30,7 +30,7 @@ def results_csv(found: Findings) -> str:
         row = [cell.id, one.label, *(cell.settings[axis] for axis in axes), cell.status, cell.result.get("diverged_at")]
         row += ["" if one.choice is None else int(chosen)]
         row += [cell.number(*keys) for keys in MEASURED] + [cell.number("base", *keys) for keys in MEASURED]
-        row += [cell.result.get(name) for name in ("tokens", "steps", "group")]
+        row += [cell.result.get(name) for name in ("tokens", "group")]
         row += [cell.number("costs", cost.name) for cost in COSTS]
         rows.writerow(["" if isinstance(value, float) and math.isnan(value) else value for value in row])
     return written.getvalue()
