@@ -411,6 +411,9 @@ def test_studies_that_cannot_be_compared_are_refused(tmp_path):
         (directory / "study.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="b: its test examples are not those of .*a; such scores do not compare"):
         reading.read([a, b])
+    stored["problem"]["digests"] = {"test": "1"}  # nothing was retained
+    (b / "study.json").write_text(json.dumps(stored))
+    assert reading.read([a, b]).problem["name"] == "sentences"
     with pytest.raises(ValueError, match="named twice"):
         reading.read([a, a])
 

@@ -150,7 +150,7 @@ def read(directories: Sequence[pathlib.Path]) -> Study:
                 f"{directory}: its problem is {problem['name']} ({problem['score_name']}), that of {directories[0]} is "
                 f"{problems[0]['name']} ({problems[0]['score_name']}); such scores do not compare: report them apart"
             )
-        if others := [name for name in SCORED if _digest(problem, name) != _digest(problems[0], name)]:
+        if others := _other_examples(problem, problems[0]):
             raise ValueError(
                 f"{directory}: its {' and '.join(others)} examples are not those of {directories[0]}; such scores do "
                 "not compare: report them apart"
@@ -187,8 +187,9 @@ def read(directories: Sequence[pathlib.Path]) -> Study:
     )
 
 
-def _digest(problem: Mapping[str, Any], part: str) -> str | None:
-    return problem.get("digests", {}).get(part)
+def _other_examples(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    of_a, of_b = a.get("digests", {}), b.get("digests", {})
+    return [name for name in SCORED if name in of_a and name in of_b and of_a[name] != of_b[name]]
 
 
 def _run_names(directories: Sequence[pathlib.Path]) -> list[str]:
