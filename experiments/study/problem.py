@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 import lorax
+from lorax import fingerprint
 
 Arrays = dict[str, np.ndarray]  # arrays with one leading axis, the examples
 Patterns = str | Sequence[str]  # regular expressions that match whole leaf paths
@@ -85,20 +85,11 @@ class Problem:
         named = self.score_name or ("accuracy" if self.score else "minus the loss")
         object.__setattr__(self, "score_name", named)
 
-    def digests(self) -> dict[str, str]:
-        """Return what tells whether two problems have the same parameters and data: a digest of each part."""
+    def digests(self) -> dict[str, dict[str, Any]]:
+        """Return what tells whether two problems have the same parameters and data: digests of each part's arrays."""
         parts: dict[str, Any] = {"params": self.params, **self.data}
         parts |= {"retained": self.retained.data} if self.retained else {}
-        return {name: _digest(tree) for name, tree in parts.items()}
-
-
-def _digest(tree: Any) -> str:
-    found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        found.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape} ".encode())
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
+        return {name: fingerprint.digests(tree) for name, tree in parts.items()}
 
 
 def examples(data: Arrays) -> int:

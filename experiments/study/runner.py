@@ -79,7 +79,7 @@ class _Study:
         self.programs = Programs(self.adaptations, config.train.batch)
         self.results = Results(self.adaptations, self.directory)
         self.cells: list[Cell] = []
-        self.digests: dict[str, str] = {}
+        self.digests: dict[str, Any] = {}
         self.groups: list[Group] = []
 
     def plan(self, command: str) -> None:
