@@ -324,6 +324,28 @@ def test_a_loss_or_a_setting_that_is_not_finite_stops_a_member(value: Any) -> No
     assert state.diverged.tolist() == [True, False] and not updates["head"]["a"][0].any()
 
 
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
+def test_one_number_that_is_not_finite_is_seen_in_whichever_array_it_is(value: Any) -> None:
+    names = [f"w{i:02}" for i in range(11)]
+    params = {name: jnp.eye(3 if i < 9 else 5, 3) for i, name in enumerate(names)}
+    fn = lambda p, x: sum((x[:, : w.shape[0]] @ w).sum() for w in p.values())
+    sites = lorax.trace(fn, params, jnp.ones((2, 5)))
+    make = lambda i: lorax.init(jax.random.key(i), lorax.Spec({r"w..": lorax.LoRA(rank=2)}), sites, params)
+    stack = lorax.stack([make(0), make(1)])
+    tx = lorax.optim.stacked(lambda adapter, rate: optax.sgd(rate), stack, rate=0.1)
+    ones = jax.tree.map(jnp.ones_like, stack.params)
+
+    @jax.jit
+    def diverged(grads: Any) -> Any:
+        return tx.update(grads, tx.init(stack.params), stack.params)[1].diverged
+
+    assert diverged(ones).tolist() == [False, False]
+    for name in names:
+        for factor in ("a", "b"):
+            spoilt = {**ones, name: {**ones[name], factor: ones[name][factor].at[1, -1, -1].set(value)}}
+            assert diverged(spoilt).tolist() == [False, True], (name, factor)
+
+
 def test_the_base_is_multiplied_once_for_all_members() -> None:
     many = lorax.stack([at(["layers/up", "head"], lorax.LoRA(rank=1 + i % 2), i, "float32") for i in range(8)])
     run = lambda p, s: jax.vmap(jax.value_and_grad(loss), (0, 0, None, None))(s.params, s, p, None)

@@ -5,10 +5,10 @@
 A member is LoRA on every linear layer of a decoder, of rank 2, 4, 8 or 16, with a learning rate and a batch of its own;
 a run is one step of training with AdamW. The stack pads all ranks to 16; alone, each run has its own. The first table
 of a token count is of the programs: seconds to compile the stack's step, also as a multiple of one run's and of those
-of all N (which compile once for each different rank); FLOPs and temporary memory by XLA's analysis, a member; and the
-memory that one more member adds, less that of its own adapter, moments and batch, against one run's temporary memory.
-The second table is of times, interleaved: a step of all members together and of the N runs one after the other. The
-base is an argument of both, and is held once.
+of all N (which compile once for each different rank), each the shortest of several times, taken in turns; FLOPs and
+temporary memory by XLA's analysis, a member; and the memory that one more member adds, less that of its own adapter,
+moments and batch, against one run's temporary memory. The second table is of times, interleaved: a step of all members
+together and of the N runs one after the other. The base is an argument of both, and is held once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from experiments.bench.decoder import Shape, decoder, init_params, loss
 from experiments.bench.step_cost import KERNELS, seconds
 
 RANKS = (2, 4, 8, 16)
-COMPILES = 3
+COMPILES = 5
 MIB = 2**20
 
 
@@ -40,7 +40,8 @@ class Program:
 
     Args:
         run: `run(params, adapter, opt_state, tokens)` returns the next adapter and state, and the losses.
-        compile_seconds: what XLA took, without tracing; the shortest of several times.
+        compile_anew: compiles the step once more.
+        compile_seconds: what XLA took, without tracing, each time.
         flops: of a step.
         temporary: bytes.
         own: bytes of adapter, optimiser's state and batch.
@@ -49,7 +50,8 @@ class Program:
     """
 
     run: Callable[..., Any]
-    compile_seconds: float
+    compile_anew: Callable[[], Any]
+    compile_seconds: list[float]
     flops: float
     temporary: int
     own: int
@@ -64,17 +66,23 @@ class Program:
 
 def build(step: Callable[..., Any], params: Any, adapter: Any, opt_state: Any, tokens: jax.Array) -> Program:
     """Compile a step."""
-    took = []
-    for _ in range(COMPILES):
+    took: list[float] = []
+    abstract = jax.tree.map(jax.typeof, (params, adapter, opt_state, tokens))  # the arrays are donated
+
+    def compile_anew() -> Any:
         anew = functools.partial(step)  # what was lowered before would be compiled once and kept
-        lowered = jax.jit(anew, donate_argnums=(1, 2)).lower(params, adapter, opt_state, tokens)
+        lowered = jax.jit(anew, donate_argnums=(1, 2)).lower(*abstract)
         start = time.perf_counter()
         compiled = lowered.compile()
         took.append(time.perf_counter() - start)
+        return compiled
+
+    compiled = compile_anew()
     own = sum(x.nbytes for x in jax.tree.leaves((adapter, opt_state, tokens)))
     return Program(
         run=compiled,
-        compile_seconds=min(took),
+        compile_anew=compile_anew,
+        compile_seconds=took,
         flops=compiled.cost_analysis()["flops"],
         temporary=compiled.memory_analysis().temp_size_in_bytes,
         own=own,
@@ -142,19 +150,23 @@ def report(grid: Grid, params: Any, counts: Sequence[int], repeats: int) -> None
     """Print both tables of one token count."""
     largest = grid.alone(0)  # of rank 16, as the stack is padded to
     programs = {n: grid.together(n) for n in counts}
+    for _ in range(COMPILES - 1):  # in turns, so that a busy moment of the machine is not one program's alone
+        for program in (*programs.values(), *(grid.alone(i) for i in range(min(max(counts), len(RANKS))))):
+            program.compile_anew()
+    compiling = lambda program: min(program.compile_seconds)
     row = "{:>8}{:>11}{:>9}{:>13}{:>14}{:>10}{:>14}{:>16}"
     print(
         row.format("members", "compile s", "× one", "× one by one", "GFLOP/member", "× one", "temp MiB", "added/one's")
     )
     for n, program in programs.items():
-        separately = sum({i % len(RANKS): grid.alone(i).compile_seconds for i in range(n)}.values())
+        separately = sum({i % len(RANKS): compiling(grid.alone(i)) for i in range(n)}.values())
         added = (program.temporary - largest.temporary) / (n - 1) / largest.temporary if n > 1 else float("nan")
         print(
             row.format(
                 n,
-                f"{program.compile_seconds:.2f}",
-                f"{program.compile_seconds / largest.compile_seconds:.2f}",
-                f"{program.compile_seconds / separately:.2f}",
+                f"{compiling(program):.2f}",
+                f"{compiling(program) / compiling(largest):.2f}",
+                f"{compiling(program) / separately:.2f}",
                 f"{program.flops / n / 1e9:.2f}",
                 f"{program.flops / n / largest.flops:.3f}",
                 f"{program.temporary / MIB:.1f}",

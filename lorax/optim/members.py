@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +14,8 @@ import optax
 from lorax.adapter import Adapter
 from lorax.methods.base import OF_A_MEMBER
 from lorax.stack import count_members
+
+LOOKED_AT_TOGETHER = 8
 
 
 class StackedState(NamedTuple):
@@ -109,8 +113,17 @@ def stacked(
 
 
 def _is_finite(tree: Any) -> jax.Array:
-    """Tell whether all numbers are finite; a largest number that is NaN or infinite says so for its whole array."""
-    return jnp.isfinite(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(tree)])).all()
+    """Tell whether all numbers are finite.
+
+    Arrays of one type are looked at a few at a time: to reduce each by itself would be a good part of what the step of
+    a deep model takes to compile, and all at once would need memory for their maximum.
+    """
+    alike: dict[Any, list[jax.Array]] = collections.defaultdict(list)
+    for x in jax.tree.leaves(tree):
+        alike[jax.typeof(x)].append(jnp.abs(x))
+    together = [xs[i : i + LOOKED_AT_TOGETHER] for xs in alike.values() for i in range(0, len(xs), LOOKED_AT_TOGETHER)]
+    largest = [jnp.max(functools.reduce(jnp.maximum, xs), initial=0) for xs in together]  # NaN if a number is
+    return functools.reduce(jnp.logical_and, map(jnp.isfinite, largest))
 
 
 def _marks(stack: Adapter) -> Any:
