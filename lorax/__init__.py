@@ -31,6 +31,7 @@ from lorax.methods import (
     register,
 )
 from lorax.quant import FP4, NF4, Int4, Int8, dequantize, quantize
+from lorax.sharding import shardings
 from lorax.sites import Site, Sites, trace
 from lorax.spec import Spec
 from lorax.stack import select, stack, unstack
@@ -80,6 +81,7 @@ __all__ = [
     "restore",
     "save",
     "select",
+    "shardings",
     "split",
     "stack",
     "trace",

@@ -115,7 +115,6 @@ def _identity(n: int) -> list[tuple[int, ...]]:
     compat.copy_p,
     compat.optimization_barrier_p,
     compat.sharding_constraint_p,
-    compat.reshard_p,
     compat.device_put_p,
     compat.name_p,
     compat.pvary_p,
@@ -129,6 +128,19 @@ def _keep(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
         rebuild(x, out, x.partial_factors()) if isinstance(x, Weight) else out
         for x, out in zip(operands, outs, strict=True)
     ]
+
+
+@_rule(compat.reshard_p)
+def _reshard(ctx: Any, eqn: Any, operands: Sequence[Any]) -> Any:
+    """Every array goes where its weight does: to another split, or to where the mesh's axes are of another kind."""
+    to = eqn.params["dst_sharding"]
+    entries = dict(enumerate([*to.spec, *[None] * (len(operands[0].shape) - len(to.spec))]))
+
+    def change(f: Factor) -> Factor:
+        spec = jax.P(*(entries.get(a) for a in f.axes))
+        return Factor(jax.sharding.reshard(f.array, jax.sharding.NamedSharding(to.mesh, spec)), f.axes)
+
+    return _moved(ctx, eqn, operands, change, _identity(len(operands[0].shape)))
 
 
 @_rule(compat.stop_gradient_p)

@@ -17,6 +17,7 @@ from lorax.optim.adalora import AdaLoRAState, adalora
 from lorax.optim.lora_plus import lora_plus, lora_plus_groups
 from lorax.optim.members import StackedState, stacked
 from lorax.optim.offload import offload
+from lorax.optim.shardings import shardings
 from lorax.optim.triplets import live_ranks, orthogonality
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "lora_plus_groups",
     "offload",
     "orthogonality",
+    "shardings",
     "stacked",
 ]

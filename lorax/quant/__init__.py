@@ -3,7 +3,7 @@
 from lorax.paths import is_quantized
 from lorax.quant.formats import FP4, NF4, Format, Int4, Int8
 from lorax.quant.node import Quantized
-from lorax.quant.quantize import dequantize, quantize, quantize_leaf, stack_nodes
+from lorax.quant.quantize import dequantize, quantize, quantize_leaf, shardings, stack_nodes
 
 __all__ = [
     "FP4",
@@ -16,5 +16,6 @@ __all__ = [
     "is_quantized",
     "quantize",
     "quantize_leaf",
+    "shardings",
     "stack_nodes",
 ]

@@ -114,10 +114,7 @@ class Quantized:
     @property
     def sharding(self) -> NamedSharding | None:
         """The weight's sharding as far as that of the codes tells, or None if they are on no mesh."""
-        held = getattr(self.codes, "sharding", None)
-        if not isinstance(held, NamedSharding):
-            return None
-        return NamedSharding(held.mesh, _weight_spec(self, held))
+        return weight_sharding(self, self.ndim)
 
     def partition_specs(self, spec: jax.P | NamedSharding, mesh: Any = None) -> Quantized:
         """Derive how the children are split over a mesh from how the weight would be.
@@ -176,7 +173,7 @@ def _dequantize(node: Quantized) -> jax.Array:
     mesh = compat.explicit_mesh(node.codes)
     if mesh is None:
         return _decode(node)
-    to = NamedSharding(mesh, _weight_spec(node, jax.typeof(node.codes).sharding))
+    to = NamedSharding(mesh, _weight_spec(node, jax.typeof(node.codes).sharding, len(node.stack)))
     return jax.sharding.auto_axes(_decode, out_sharding=to)(node)  # pyright: ignore[reportReturnType]
 
 
@@ -233,9 +230,21 @@ def _is_flat(format: Format, slice_shape: tuple[int, ...], columns: tuple[int, .
     return math.prod(slice_shape[a] for a in columns) % format.unit != 0
 
 
-def _weight_spec(node: Quantized, held: Any) -> jax.P:
-    """The weight's spec from that of its codes."""
-    count = len(node.stack)
+def weight_sharding(node: Quantized, ndim: int) -> NamedSharding | None:
+    """Return the sharding of a node's weight, as far as that of its codes tells, or None if they are on no mesh.
+
+    Args:
+      node: its children are arrays, abstract arrays, or shardings in place of them.
+      ndim: the number of the weight's axes, which shardings do not tell.
+    """
+    held = node.codes if isinstance(node.codes, NamedSharding) else getattr(node.codes, "sharding", None)
+    if not isinstance(held, NamedSharding):
+        return None
+    return NamedSharding(held.mesh, _weight_spec(node, held, ndim - len(node.slice_shape)))
+
+
+def _weight_spec(node: Quantized, held: Any, count: int) -> jax.P:
+    """The weight's spec from that of its codes, which have `count` stacked axes."""
     entries = [*held.spec, *[None] * (count + 2 - len(held.spec))]
     spec: list[Any] = [*entries[:count], *[None] * len(node.slice_shape)]
     for axes, entry in ((node.rows, entries[count]), (node.columns, entries[count + 1])):

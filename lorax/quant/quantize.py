@@ -146,6 +146,38 @@ def stack_nodes(nodes: Iterable[Quantized]) -> Quantized:
     return jax.tree.map(lambda *xs: (np if isinstance(xs[0], np.ndarray) else jnp).stack(xs), *nodes)
 
 
+def shardings(params: Any, where: Any) -> Any:
+    """Derive where the children of quantised nodes lie from where the weights would; other leaves lie there themselves.
+
+    Args:
+      params: a pytree with quantised nodes, concrete or abstract (`jax.eval_shape` of `quantize`).
+      where: for every leaf, a node being one, a `NamedSharding`: of the params before they were quantised, say.
+
+    Returns:
+      `params` with a sharding in place of every array: for `out_shardings` of a jitted `quantize`, or `jax.device_put`.
+
+    Raises:
+      ValueError: `where` has other paths.
+
+    >>> from lorax.quant import NF4
+    >>> mesh = jax.sharding.AbstractMesh((2,), ("data",))
+    >>> params = jax.eval_shape(lambda: quantize({"kernel": jnp.ones((256, 8))}, {"kernel": NF4()}))
+    >>> split = shardings(params, {"kernel": NamedSharding(mesh, jax.P("data"))})
+    >>> tuple(split["kernel"].codes.spec)
+    (None, 'data')
+    """
+    leaves, tree = paths.flatten(params)
+    placed, _ = paths.flatten(where)
+    if differing := sorted(leaves.keys() ^ placed.keys()):
+        raise ValueError(f"shardings: params and where differ at {', '.join(differing[:8])}; give a sharding a leaf")
+    of = lambda leaf, sharding: _of_children(leaf, sharding) if is_quantized(leaf) else sharding
+    return jax.tree.unflatten(tree, [of(leaf, placed[path]) for path, leaf in leaves.items()])
+
+
+def _of_children(node: Quantized, sharding: NamedSharding) -> Quantized:
+    return jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), node.partition_specs(sharding))
+
+
 def _refusal(leaf: Any) -> str | None:
     """Why a leaf cannot be quantised, whatever it is for."""
     if is_quantized(leaf):
@@ -213,8 +245,7 @@ def _checked(
     """The node, laid out over the devices like the array, and whether all its weights are finite."""
     node = encode(array, format, stack, rows, columns)
     if sharding is not None and compat.explicit_mesh(array) is None:
-        to = jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), node.partition_specs(sharding))
-        node = jax.tree.map(jax.lax.with_sharding_constraint, node, to)
+        node = jax.tree.map(jax.lax.with_sharding_constraint, node, _of_children(node, sharding))
     return node, jnp.isfinite(array).all()
 
 
@@ -224,8 +255,8 @@ def _abstract(leaf: Any, format: Format, stack: int, rows: tuple[int, ...], colu
     node = jax.eval_shape(lambda x: encode(x, format, stack, rows, columns), bare)
     if not isinstance(leaf.sharding, NamedSharding):
         return node
-    place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(leaf.sharding.mesh, spec))
-    return jax.tree.map(place, node, node.partition_specs(leaf.sharding))
+    place = lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)
+    return jax.tree.map(place, node, _of_children(node, leaf.sharding))
 
 
 def _resolve(rules: Rules, leaves: Mapping[str, Any], layouts: Mapping[str, Layout | str]) -> dict[str, Format]:
