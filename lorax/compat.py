@@ -5,6 +5,7 @@ lorax supports JAX 0.10 to 0.12. Primitives are keyed by object, never by name (
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -131,6 +132,15 @@ def explicit_mesh(x: Any) -> Any:
     """Return the mesh if the array's type carries a sharding over explicit axes, else None."""
     mesh = _mesh(x)
     return mesh if mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types else None
+
+
+def mesh_of(x: Any) -> AbstractContextManager[Any]:
+    """Return a context of the mesh that an array's type names: where axes change their kind, it is not the program's.
+
+    That is so at the border of `jax.sharding.auto_axes`, inside of which a value from outside arrives.
+    """
+    mesh = explicit_mesh(x)
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh)
 
 
 def is_partitioned(x: Any) -> bool:

@@ -83,7 +83,9 @@ def _of_base(params: Any, adapter: Adapter) -> tuple[dict[str, NamedSharding | N
     for site in adapter.sites:
         if site.path not in leaves:
             near = ", ".join(paths.nearest(site.path, leaves)) or "the tree is empty"
-            raise ValueError(f"{site.path}: the adapter has this site, and the params have no such leaf. Nearest: {near}")
+            raise ValueError(
+                f"{site.path}: the adapter has this site, and the params have no such leaf. Nearest: {near}"
+            )
         leaf = leaves[site.path]
         shape = None if isinstance(getattr(leaf, "codes", leaf), jax.sharding.Sharding) else leaf.shape
         if shape is not None and tuple(shape) != site.shape:
@@ -130,7 +132,9 @@ def _entry(axis: Any, entries: list[Entry], mesh: Any) -> Entry:
     if isinstance(axis, int):
         return entries[axis]
     if isinstance(axis, Part) and axis.which == 0 and axis.size % _ways(entries[axis.axis], mesh) == 0:
-        return entries[axis.axis]  # the part that counts slowly: neighbours are on one device, as they are in the weight
+        return entries[
+            axis.axis
+        ]  # the part that counts slowly: neighbours are on one device, as they are in the weight
     return None
 
 

@@ -24,7 +24,8 @@ import lorax
 from tests.agreement import FAST_COMPILE, assert_close, assert_identical, normal
 
 TOL = 1e-8  # float64, sums over devices in another order, amplified by attention and by Adam
-D, F, H, K, L, E, V, B, T = 16, 32, 4, 4, 2, 4, 24, 8, 4
+D, F, H, K, L, E, V, B, T = 32, 64, 4, 8, 2, 4, 24, 8, 4
+RANK = 1  # where communication is compared: the largest factor is smaller than the smallest part of a large weight
 wide = lambda seed, *shape: normal(seed, *shape, dtype=jnp.float64)
 PARAMS = {
     "embed": wide(0, V, D),
@@ -77,13 +78,20 @@ def mesh(kind: AxisType = AxisType.Auto) -> Mesh:
 
 
 def model(out: Any = None) -> Callable[[Any, Any], Any]:
-    """An embedding, attention, a scanned stack and experts; `out` names the sharding of ambiguous products."""
+    """An embedding, attention, a scanned stack and experts; `out` names the shardings of activations by their axes.
+
+    On explicit axes these are the output shardings of products, on others constraints, as users write them.
+    """
+    is_explicit = out is not None and AxisType.Explicit in out("b").mesh.axis_types
+    placed = lambda x, axes: lax.with_sharding_constraint(x, out(axes)) if out and not is_explicit else x
 
     def einsum(sums: str, *xs: Any) -> Any:
-        return jnp.einsum(sums, *xs, out_sharding=out(sums.split("->")[1])) if out else jnp.einsum(sums, *xs)
+        axes = sums.split("->")[1]
+        return placed(jnp.einsum(sums, *xs, out_sharding=out(axes) if is_explicit else None), axes)
 
     def fn(p: Any, tokens: Any) -> Any:
-        x = p["embed"].at[tokens].get(out_sharding=out("btd")) if out else p["embed"][tokens]
+        x = p["embed"].at[tokens].get(out_sharding=out("btd")) if is_explicit else placed(p["embed"][tokens], "btd")
+        x = x + p["shift"] if "shift" in p else x
         q, k, v = (einsum("btd,dhk->bthk", x, p["attn"][n]) for n in ("query", "key", "value"))
         weights = jax.nn.softmax(einsum("bthk,bshk->bhts", q, k) / 4)
         x = x + einsum("bthk,hkd->btd", einsum("bhts,bshk->bthk", weights, v), p["attn"]["out"])
@@ -102,14 +110,13 @@ def model(out: Any = None) -> Callable[[Any, Any], Any]:
 
 
 def on(where: Mesh, name: str) -> tuple[Any, Any, Any]:
-    """The base and the tokens on a mesh, and the model with the output shardings that an explicit mesh asks for."""
+    """The base and the tokens on a mesh, and the model with the shardings of its activations."""
     specs = LAYOUTS[name]
     params = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(where, s)), PARAMS, specs)
-    tokens = jax.device_put(TOKENS, NamedSharding(where, P("data")))
-    if AxisType.Explicit not in where.axis_types:
-        return params, tokens, model()
+    batch = specs["router"][0] or "data"
+    tokens = jax.device_put(TOKENS, NamedSharding(where, P(batch)))
     tensor = "model" if specs["attn"]["query"][1] else None
-    letters = {"b": "data", "h": tensor, "f": tensor, "e": specs["experts"]["up"][0]}
+    letters = {"b": batch, "h": tensor, "f": tensor, "e": specs["experts"]["up"][0]}
     return params, tokens, model(lambda axes: NamedSharding(where, P(*map(letters.get, axes))))
 
 
@@ -160,7 +167,7 @@ def check_specs() -> None:
     assert of(lorax.Full(), "experts/down")["value"] == ("expert", "model", "data")
     assert of(lorax.Full(), "layers/bias")["value"] == (None, None)
     assert of(lorax.IA3(), "attn/key")["gain"] == ("model", None)
-    # D = 16 inputs, cut 4 × 4: the slow part is split, H = 4 heads and K = 4 go to one factor each.
+    # D = 32 inputs, cut 4 × 8: the slow part is split; H = 4 heads and K = 8 go to one factor each.
     lokr = of(lorax.LoKr(rank=2), "attn/query")
     assert lokr["c"] == ("data", "model") and lokr["a"] == (None, None) and lokr["b"] == (None, None), lokr
     assert of(lorax.TrainableTokens(tokens=(1, 2)), "embed")["value"] == (None, "data")
@@ -196,7 +203,7 @@ def check_quantized() -> None:
     params = {n: jax.device_put(x, NamedSharding(where, split[n])) for n, x in params.items()}
 
     def fn(p: Any, x: Any) -> Any:
-        y = jnp.einsum("ebd,edf->ebf", x, p["up"])[..., :16].reshape(E, B, H, K)
+        y = jnp.einsum("ebd,edf->ebf", x, p["up"])[..., : H * K].reshape(E, B, H, K)
         return jnp.einsum("ebhk,hkd->ebd", y, p["out"])
 
     x = wide(20, E, B, D)
@@ -259,7 +266,9 @@ def train(name: str, kind: AxisType | None) -> tuple[list[float], lorax.Adapter]
             updates, state = tx.update(grads, state, adapter.params)
             return adapter.replace(params=optax.apply_updates(adapter.params, updates)), state, value
 
-        run = jax.jit(step, donate_argnums=(1, 2), out_shardings=places and (*places, None), compiler_options=FAST_COMPILE)
+        run = jax.jit(
+            step, donate_argnums=(1, 2), out_shardings=places and (*places, None), compiler_options=FAST_COMPILE
+        )
         losses = []
         for _ in range(5):
             adapter, state, value = run(params, adapter, state, tokens)
@@ -277,11 +286,64 @@ def check_training(kind: AxisType) -> None:
         print("ok", kind, name, flush=True)
 
 
+def collectives(name: str, kind: AxisType, method: Any) -> tuple[collections.Counter, collections.Counter, Any]:
+    """The collectives of a loss and its gradients, plain (of an activation) and adapted (of the adapter)."""
+    where = mesh(kind)
+    params, tokens, fn = on(where, name)
+    shift = jax.device_put(jnp.zeros((B, T, D)), NamedSharding(where, tokens.sharding.spec))
+    spec = lorax.Spec({"embed": lorax.LoRA(rank=RANK, dtype="float64"), ".*": method})
+    with jax.set_mesh(where) if kind == AxisType.Explicit else contextlib.nullcontext():
+        adapter = make(spec)(jax.random.key(0), params)
+        to = lorax.shardings(params, adapter)
+        adapter = jax.device_put(adapter, to)
+        plain = lambda shift, params, tokens: fn({**params, "shift": shift}, tokens)
+
+        def adapted(trained: Any, adapter: Any, shift: Any, params: Any, tokens: Any) -> Any:
+            moved = lambda params, tokens: fn({**params, "shift": shift}, tokens)
+            return lorax.adapt(moved)(params, adapter.replace(params=trained), tokens)
+
+        def text(loss: Any, out: Any, *args: Any) -> str:
+            run = jax.jit(jax.value_and_grad(loss), out_shardings=(None, out))
+            return run.lower(*args).compile(FAST_COMPILE).as_text()
+
+        texts = (
+            text(plain, shift.sharding, shift, params, tokens),
+            text(adapted, to.params, adapter.params, adapter, shift, params, tokens),
+        )
+    return *map(compiled_collectives, texts), adapter
+
+
+def check_collectives(kind: AxisType) -> None:
+    """What the adapted step communicates beyond the plain one: factors, their gradients, `rank` columns.
+
+    No base weight is gathered that the plain model would not gather, and no gradient is larger than the adapter.
+    """
+    dora = lorax.DoRA(rank=RANK, dtype="float64")
+    runs = [(name, lorax.LoRA(rank=RANK, dtype="float64")) for name in LAYOUTS]
+    for name, method in [*runs, ("fsdp", dora), ("all", dora)]:
+        plain, adapted, adapter = collectives(name, kind, method)
+        case = kind, name, type(method).__name__, dict(adapted - plain), dict(plain - adapted)
+        of_kind = lambda found, kind: sum(n * count for (k, n), count in found.items() if k == kind)
+        largest = max(x.size for x in jax.tree.leaves(adapter.params))
+        gathers = sorted(n for n in (adapted - plain).elements() if n[0] in ("all-gather", "all-to-all"))
+        if method is dora and gathers[-1][1] in (D * F, D * F // 2):
+            gathers.pop()  # where a layer is recomputed, so is its last product, whose output the gain's gradient needs
+        assert all(n <= largest for _, n in gathers), case
+        # With tensor parallelism the products of `rank` columns with what was split are summed too: forward, again
+        # where a layer is recomputed, and backward.
+        columns = 3 * len(SITES) * E * B * T * RANK if "model" in str(LAYOUTS[name]) else 0
+        added = of_kind(adapted, "all-reduce") - of_kind(plain, "all-reduce")
+        assert added <= sum(x.size for x in jax.tree.leaves(adapter)) + columns, case
+        print("ok collectives", *case[:3], flush=True)
+
+
 CHECKS = {
     "specs": check_specs,
     "quantized": check_quantized,
-    "auto": lambda: check_training(AxisType.Auto),
-    "explicit": lambda: check_training(AxisType.Explicit),
+    "training-auto": lambda: check_training(AxisType.Auto),
+    "training-explicit": lambda: check_training(AxisType.Explicit),
+    "collectives-auto": lambda: check_collectives(AxisType.Auto),
+    "collectives-explicit": lambda: check_collectives(AxisType.Explicit),
 }
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from lorax import compat
 from lorax.interpret.activation import apply_outputs
 from lorax.interpret.context import Context, Use
 from lorax.interpret.contraction import dense
+from lorax.interpret.deferred import witness
 from lorax.interpret.residuals import Followed
 from lorax.interpret.weight import Factor, Term, Weight
 
@@ -63,7 +64,8 @@ def evaluate(
         if eqn.primitive not in ENTERED:
             for v, x in zip(eqn.invars, values, strict=True):
                 if isinstance(x, Weight) and x.pending:
-                    env[v] = x.settled()
+                    with compat.mesh_of(witness(x.base)):
+                        env[v] = x.settled()
             values = [read(v) for v in eqn.invars]
         if eqn.primitive not in CUT and any(isinstance(x, Weight) and x.cuts() for x in values):
             rule = None
@@ -141,7 +143,8 @@ def densify(ctx: Context, value: Any, reason: str) -> Any:
             reason=f"read by {reason}",
         )
         ctx.record(use)
-    return _through_outputs(value, reason) if value.outputs else dense(value)
+    with compat.mesh_of(witness(value.base)):
+        return _through_outputs(value, reason) if value.outputs else dense(value)
 
 
 def _through_outputs(value: Weight, reason: str) -> Any:

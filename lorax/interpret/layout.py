@@ -527,4 +527,5 @@ CUT = {
     ),
     *(compat.transpose_p, compat.squeeze_p, compat.stop_gradient_p, compat.convert_element_type_p, compat.copy_p),
     *(compat.gather_p, compat.optimization_barrier_p, compat.device_put_p, compat.name_p, compat.pvary_p),
+    compat.reshard_p,
 }
