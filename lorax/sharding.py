@@ -34,8 +34,9 @@ def shardings(params: Any, adapter: Adapter, *, members: Entry = None) -> Adapte
       members: the mesh axis (or axes) over which the members of a stack are split; None: each device has all of them.
 
     Returns:
-      The adapter with a `NamedSharding` in place of each array: for `out_shardings` of a jitted `init`, `jax.device_put`
-      and `lorax.restore`. `lorax.optim.shardings` has the optimiser state's.
+      The adapter with a `NamedSharding` in place of each array: for `jax.device_put`, `lorax.restore`, and
+      the `out_shardings` of a jitted `init` and of a training step, whose results XLA otherwise lays out as it likes
+      where mesh axes are not explicit. `lorax.optim.shardings` has the optimiser state's.
 
     Raises:
       ValueError: no leaf lies on a mesh; a leaf is missing or of another shape than the adapter's site; `members` is
@@ -132,9 +133,7 @@ def _entry(axis: Any, entries: list[Entry], mesh: Any) -> Entry:
     if isinstance(axis, int):
         return entries[axis]
     if isinstance(axis, Part) and axis.which == 0 and axis.size % _ways(entries[axis.axis], mesh) == 0:
-        return entries[
-            axis.axis
-        ]  # the part that counts slowly: neighbours are on one device, as they are in the weight
+        return entries[axis.axis]  # of the slow part, neighbours are on one device, as in the weight
     return None
 
 

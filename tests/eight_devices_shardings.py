@@ -1,4 +1,6 @@
-"""Shardings derived from the base's, on eight fake devices: `python -m tests.eight_devices_shardings CHECK`.
+"""Shardings derived from the base's, on eight fake devices: `python -m tests.eight_devices_shardings CHECK [few]`.
+
+`few` is for fewer layouts of the base: fully sharded, tensor parallel, and all at once.
 
 In a process of its own; prints a line for each check, an assertion fails the process. It runs in float64, as
 `tests.eight_devices` does.
@@ -9,7 +11,7 @@ import contextlib
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -276,10 +278,10 @@ def train(name: str, kind: AxisType | None) -> tuple[list[float], lorax.Adapter]
     return losses, jax.device_get(adapter)
 
 
-def check_training(kind: AxisType) -> None:
+def check_training(kind: AxisType, names: Sequence[str]) -> None:
     """On every layout the losses and the adapter are those of one device."""
     losses, adapter = train("", None)
-    for name in LAYOUTS:
+    for name in names:
         got, trained = train(name, kind)
         np.testing.assert_allclose(got, losses, rtol=TOL)
         assert_close(trained.params, adapter.params, TOL, name)
@@ -313,13 +315,13 @@ def collectives(name: str, kind: AxisType, method: Any) -> tuple[collections.Cou
     return *map(compiled_collectives, texts), adapter
 
 
-def check_collectives(kind: AxisType) -> None:
+def check_collectives(kind: AxisType, names: Sequence[str]) -> None:
     """What the adapted step communicates beyond the plain one: factors, their gradients, `rank` columns.
 
     No base weight is gathered that the plain model would not gather, and no gradient is larger than the adapter.
     """
     dora = lorax.DoRA(rank=RANK, dtype="float64")
-    runs = [(name, lorax.LoRA(rank=RANK, dtype="float64")) for name in LAYOUTS]
+    runs = [(name, lorax.LoRA(rank=RANK, dtype="float64")) for name in names]
     for name, method in [*runs, ("fsdp", dora), ("all", dora)]:
         plain, adapted, adapter = collectives(name, kind, method)
         case = kind, name, type(method).__name__, dict(adapted - plain), dict(plain - adapted)
@@ -337,17 +339,16 @@ def check_collectives(kind: AxisType) -> None:
         print("ok collectives", *case[:3], flush=True)
 
 
-CHECKS = {
-    "specs": check_specs,
-    "quantized": check_quantized,
-    "training-auto": lambda: check_training(AxisType.Auto),
-    "training-explicit": lambda: check_training(AxisType.Explicit),
-    "collectives-auto": lambda: check_collectives(AxisType.Auto),
-    "collectives-explicit": lambda: check_collectives(AxisType.Explicit),
-}
+WHOLE = {"specs": check_specs, "quantized": check_quantized}
+BY_LAYOUT = {"training": check_training, "collectives": check_collectives}
+FEW = ("fsdp", "tensor", "all")
 
 if __name__ == "__main__":
     assert len(jax.devices()) == 8
-    assert TOKENS.shape == (B, T)
-    for name in sys.argv[1:]:
-        CHECKS[name]()
+    assert PARAMS["embed"].dtype == jnp.float64
+    check, *few = sys.argv[1:]
+    if check in WHOLE:
+        WHOLE[check]()
+    for kind in AxisType.Auto, AxisType.Explicit:
+        if check in BY_LAYOUT:
+            BY_LAYOUT[check](kind, FEW if few else list(LAYOUTS))
