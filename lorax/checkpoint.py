@@ -202,7 +202,10 @@ class TrainCheckpoints:
 
 
 def _items(arrays: Mapping[str, Any], document: Mapping[str, Any]) -> Any:
-    return ocp.args.Composite(arrays=ocp.args.StandardSave(dict(arrays)), lorax=ocp.args.JsonSave(dict(document)))
+    # What each of several processes has for itself, such as a key or a step count, is the same in all: one writes it.
+    is_own = lambda x: jax.process_count() > 1 and isinstance(x, jax.Array) and x.is_fully_addressable
+    arrays = {name: np.asarray(x) if is_own(x) else x for name, x in arrays.items()}
+    return ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), lorax=ocp.args.JsonSave(dict(document)))
 
 
 def _adapter_arrays(adapter: Adapter) -> dict[str, Any]:
@@ -371,7 +374,7 @@ def _placed(plan: Plan, document: Mapping[str, Any], shardings: Any) -> dict[str
 
 def _read_arrays(path: str, document: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
     described = document["arrays"]
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = {
         name: jax.ShapeDtypeStruct(tuple(d["shape"]), jnp.dtype(d["dtype"]), sharding=where.get(name) or default)
         for name, d in described.items()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from lorax import paths
 from lorax.adapter import Adapter
@@ -29,7 +30,7 @@ def shardings(params: Any, adapter: Adapter, *, members: Entry = None) -> Adapte
 
     Args:
       params: the base: a pytree of arrays, abstract arrays with shardings, or shardings, also of quantised nodes. A
-        leaf on no mesh (a single device, or an abstract array without a sharding) counts as not split.
+        leaf on no mesh counts as not split; a base that lies on one device gives a mesh of that device.
       adapter: from `init`, concrete or abstract (`jax.eval_shape`); of a stack the base's axes follow the members'.
       members: the mesh axis (or axes) over which the members of a stack are split; None: each device has all of them.
 
@@ -39,8 +40,8 @@ def shardings(params: Any, adapter: Adapter, *, members: Entry = None) -> Adapte
       where mesh axes are not explicit. `lorax.optim.shardings` has the optimiser state's.
 
     Raises:
-      ValueError: no leaf lies on a mesh; a leaf is missing or of another shape than the adapter's site; `members` is
-        given without a stack, or splits a weight already.
+      ValueError: no leaf lies anywhere (numpy, or abstract without shardings); a leaf is missing or of another shape
+        than the adapter's site; `members` is given without a stack, or splits a weight already.
 
     >>> import jax.numpy as jnp, lorax
     >>> mesh = jax.sharding.AbstractMesh((4, 2), ("data", "model"))
@@ -94,12 +95,19 @@ def _of_base(params: Any, adapter: Adapter) -> tuple[dict[str, NamedSharding | N
                 f"{site.path}: the params have shape {tuple(shape)}, the adapter was made for {site.shape}"
             )
     meshes = [sharding.mesh for sharding in held.values() if sharding is not None]
-    if not meshes:
+    return held, meshes[0] if meshes else _of_one_device(leaves.values())
+
+
+def _of_one_device(leaves: Iterable[Any]) -> Mesh:
+    """Return a mesh of the one device on which leaves lie that are on no mesh."""
+    found = (getattr(x, "sharding", None) for leaf in leaves for x in jax.tree.leaves(leaf))
+    devices = next((s.device_set for s in found if isinstance(s, jax.sharding.Sharding)), set())
+    if len(devices) != 1:
         raise ValueError(
-            "shardings: no leaf of the params lies on a mesh. Put them on one first, such as with "
+            "shardings: no leaf of the params lies on a mesh or a device. Put them on one first, such as with "
             "jax.device_put(params, jax.NamedSharding(mesh, jax.P())), or give their shardings"
         )
-    return held, meshes[0]
+    return Mesh(np.array(list(devices)), ("device",))
 
 
 def _leading_axes(adapter: Adapter) -> int:

@@ -51,6 +51,11 @@ class PlannedBatch(NamedTuple):
     shape: Shape
     rows: list[list[int]]
 
+    def part(self, rows: Sequence[int]) -> "PlannedBatch":
+        """The batch of some of the rows; the last rows of a batch may be empty."""
+        chosen = [self.rows[row] if row < len(self.rows) else [] for row in rows]
+        return PlannedBatch(self.shape._replace(rows=len(rows)), chosen)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
@@ -177,11 +182,15 @@ class Batches:
 
     def __next__(self) -> Batch:
         """Builds the next batch, of the next epoch where this one ends."""
+        return self.build(self.next_plan())
+
+    def next_plan(self) -> PlannedBatch:
+        """Goes to the next batch without building it."""
         if self._batch == len(self._plan):
             self._epoch, self._batch = self._epoch + 1, 0
             self._plan = self.plan(self._epoch)
         self._batch += 1
-        return self._build(self._plan[self._batch - 1])
+        return self._plan[self._batch - 1]
 
     def plan(self, epoch: int) -> list[PlannedBatch]:
         """Which samples stand in which rows of an epoch's batches."""
@@ -190,7 +199,7 @@ class Batches:
 
     def one_epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch (an evaluation); the position of the endless iteration stays as it is."""
-        return map(self._build, self.plan(epoch))
+        return map(self.build, self.plan(epoch))
 
     def state(self) -> dict[str, int | str]:
         """The position: what the next batch is. JSON can hold it."""
@@ -221,8 +230,13 @@ class Batches:
         positions = sum(shape.rows * shape.length for shape, _ in self.plan(epoch))
         return sum(example.positions for example in self.examples) / positions
 
-    def _build(self, planned: PlannedBatch) -> Batch:
-        return build_batch(self.examples, planned, pad_id=self.pad_id)
+    def positions(self, planned: PlannedBatch) -> int:
+        """How many positions of a batch are not padding."""
+        return sum(self.examples[index].positions for row in planned.rows for index in row)
+
+    def build(self, planned: PlannedBatch, rows: Sequence[int] | None = None) -> Batch:
+        """Builds the arrays of a batch, or of some of its rows: of several processes each builds its own."""
+        return build_batch(self.examples, planned if rows is None else planned.part(rows), pad_id=self.pad_id)
 
 
 def build_batch(examples: Sequence[Encoded], planned: PlannedBatch, *, pad_id: int = 0) -> Batch:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.models import partition
 from experiments.models.llama import Llama, LlamaConfig, empty_cache
 
 # Prompt and prefix widths are multiples of this many tokens: fewer programs to compile, against more padding.
@@ -199,4 +200,4 @@ def _continue(
 
     new_BxM = jnp.zeros((B, new), jnp.int32).at[:, 0].set(token_B)
     carry = (jnp.int32(1), token_B, has_stopped(token_B), new_BxM, cache)
-    return jax.lax.while_loop(unfinished, advance, carry)[3]
+    return partition.whole(jax.lax.while_loop(unfinished, advance, carry)[3])

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.models.partition import by_rows
+
 # Written into masked scores. Finite, so that a row with nothing to attend to (padding) gives no NaN.
 _MASKED = -1e30
 
@@ -208,9 +210,9 @@ class Block(nn.Module):
         """Returns the residual stream and the layer's new keys and values (None without a cache)."""
         normed = RMSNorm(self.config, name="attn_norm")(x_BxTxD)
         y_BxTxD, new = Attention(self.config, name="attn")(normed, table, mask_BxTxS, cache, slot)
-        x_BxTxD = x_BxTxD + y_BxTxD
+        x_BxTxD = by_rows(x_BxTxD + y_BxTxD)
         normed = RMSNorm(self.config, name="mlp_norm")(x_BxTxD)
-        return x_BxTxD + MLP(self.config, name="mlp")(normed), new
+        return by_rows(x_BxTxD + MLP(self.config, name="mlp")(normed)), new
 
 
 class Llama(nn.Module):
@@ -269,7 +271,7 @@ class Llama(nn.Module):
         if segment_ids_BxT is not None:
             mask_BxTxS = mask_BxTxS & (segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :])
         table = rotary_table(self.config, positions_BxT)
-        x_BxTxD, _ = self.layers(self.embed(tokens_BxT), table, mask_BxTxS, 0, None)
+        x_BxTxD, _ = self.layers(by_rows(self.embed(tokens_BxT)), table, mask_BxTxS, 0, None)
         x_BxTxD = self.final_norm(x_BxTxD)
         return self.unembed(x_BxTxD) if logits else x_BxTxD
 
@@ -302,7 +304,7 @@ class Llama(nn.Module):
         causal_TxS = slot + jnp.arange(T)[:, None] >= jnp.arange(S)[None, :]
         mask_BxTxS = causal_TxS & visible_BxS[:, None, :]
         table = rotary_table(self.config, positions_BxT)
-        x_BxTxD, new = self.layers(self.embed(tokens_BxT), table, mask_BxTxS, slot, cache)
+        x_BxTxD, new = self.layers(by_rows(self.embed(tokens_BxT)), table, mask_BxTxS, slot, cache)
         assert new is not None  # the blocks were given a cache
         cache = {k: jax.lax.dynamic_update_slice_in_dim(cache[k], new[k], slot, axis=2) for k in cache}
         return self.unembed(self.final_norm(x_BxTxD[:, -1])), cache

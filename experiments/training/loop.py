@@ -1,6 +1,7 @@
 """The training loop: updates, logs, evaluations and checkpoints, and going on after a kill."""
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,15 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import config_dict
 from tqdm import tqdm
 
 import lorax
 from experiments.data import Batches
-from experiments.training import optimiser, recipes, step
-from experiments.training.metrics import MetricsLog
+from experiments.training import devices, optimiser, recipes, step
+from experiments.training.metrics import MetricsLog, NoLog
 from experiments.training.run_directory import RunDirectory
-from experiments.training.stopping import StopSignals
+from experiments.training.stopping import Stopped, StopSignals
 from lorax.checkpoint import TrainCheckpoints
 
 PROGRESS_BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
@@ -69,6 +71,7 @@ def train(
     adapter: lorax.Adapter,
     loss: step.LossFn,
     batches: Batches,
+    mesh: Mesh,
     *,
     watch: Watch,
     stop: StopSignals,
@@ -85,17 +88,21 @@ def train(
         adapter: as initialised; donated.
         loss: of `step.summed_loss`.
         batches: the training data, at their beginning.
+        mesh: where the base lies; rows are split over it. Of several processes each builds its own rows.
         watch: called at the evaluations.
-        stop: signals; one that comes while an update runs is acted on after it.
+        stop: signals; one that comes while an update runs is acted on after it. Of several processes all stop after
+            the same update.
 
     Raises:
         NonFiniteLossError: an update was not finite. The state before it was saved.
         Stopped: a signal came. The state after the update of that moment was saved.
     """
-    run = _Run(config, directory, params, adapter, loss, batches, watch)
+    run = _Run(config, directory, params, adapter, loss, batches, mesh, watch)
     try:
         with stop.deferred():
             run.to_the_end(stop)
+        if run.is_told_to_stop:  # by the signal that another process got
+            raise Stopped(signal.SIGTERM)
         temporary = max((_temporary_bytes(program) for program in run.programs.values()), default=None)
         return Trained(run.state.adapter, _bytes(run.state.opt_state), temporary, run.metrics.last)
     finally:
@@ -113,6 +120,7 @@ class _Run:
         adapter: lorax.Adapter,
         loss: step.LossFn,
         batches: Batches,
+        mesh: Mesh,
         watch: Watch,
     ):
         self.config, self.params, self.batches, self.watch = config, params, batches, watch
@@ -120,22 +128,32 @@ class _Run:
         self.learning_rates = np.asarray(optimiser.schedule(config.train)(jnp.arange(config.train.steps)))
         recipe = recipes.find(config)
         transformation = recipe.optimiser(config, adapter, optimiser.rates(config.train))
-        self.update = step.train_step(loss, transformation, offload=config.train.offload, terms=recipe.terms)
-        if config.train.offload:
-            transformation = lorax.optim.offload(transformation)
-        self.rng = jax.random.key(config.seed)
+        where = lorax.shardings(params, adapter)
+        adapter = jax.device_put(adapter, where)
+        kind = "pinned_host" if config.train.offload else None
+        of_state = lorax.optim.shardings(
+            jax.eval_shape(transformation.init, adapter.params), adapter, where, memory_kind=kind
+        )
+        everywhere = devices.replicated(mesh)
+        places = step.TrainState(where, of_state, everywhere)
+        self.update = step.train_step(
+            loss, transformation, offload=config.train.offload, terms=recipe.terms, places=places
+        )
+        self.rng = jax.device_put(jax.random.key(config.seed), everywhere)
+        self.shares = devices.Shares(mesh, config.train.accumulate)
+        self.is_told_to_stop = False
         self.checkpoints = TrainCheckpoints(directory.path / "checkpoints", keep=config.checkpoint.keep)
-        opt_state = transformation.init(adapter.params)
+        opt_state = jax.device_put(transformation.init(adapter.params), of_state)
         _check_nothing_frozen(adapter, opt_state)
         self.saved_step = self.checkpoints.latest_step()
         self.step = self.saved_step or 0
         if self.saved_step is not None:
-            saved = self.checkpoints.restore(base=params, opt_state_like=opt_state)
+            saved = self.checkpoints.restore(base=params, opt_state_like=opt_state, rng_like=self.rng, shardings=where)
             adapter, opt_state, self.rng = saved.adapter, saved.opt_state, saved.rng
             batches.restore(saved.data_state)
             print(f"going on after step {self.step} of {config.train.steps}")
-        self.state = step.TrainState(adapter, opt_state, jnp.bool_(False))
-        self.metrics = MetricsLog(directory.path, resumed_step=self.step)
+        self.state = step.TrainState(adapter, opt_state, jax.device_put(np.bool_(False), everywhere))
+        self.metrics = MetricsLog(directory.path, resumed_step=self.step) if devices.is_main() else NoLog()
         self.elapsed = self.metrics.last.get("elapsed_s", 0.0)
         self.tokens = self.metrics.last.get("tokens", 0)
         self.programs: dict[Any, Any] = {}  # the compiled update, by the shapes of a batch
@@ -147,12 +165,17 @@ class _Run:
         if not self.step and self.config.evaluation.every:
             self.metrics.write(0, self.watch(0, self.state.adapter))
         with tqdm(
-            total=steps, initial=self.step, desc="training", bar_format=PROGRESS_BAR, dynamic_ncols=True
+            total=steps,
+            initial=self.step,
+            desc="training",
+            bar_format=PROGRESS_BAR,
+            dynamic_ncols=True,
+            disable=not devices.is_main(),
         ) as progress:
             self.clock = time.perf_counter()
             running = None
-            while self.step < steps and not stop.received:
-                started = self._start_update()
+            while self.step < steps and not self._has_to_stop(stop):
+                started = self._start_update(stop.received)
                 if running is not None:
                     self._log(running, progress)
                 running = started
@@ -165,23 +188,29 @@ class _Run:
             self._save(self.batches.state())
         self.checkpoints.wait()
 
-    def _start_update(self) -> _Update:
+    def _has_to_stop(self, stop: StopSignals) -> bool:
+        return stop.received if jax.process_count() == 1 else self.is_told_to_stop
+
+    def _start_update(self, is_told: bool) -> _Update:
         before = self.batches.state()
-        batch = next(self.batches)
+        planned = self.batches.next_plan()
+        rows = planned.shape.rows
         rng = jax.random.fold_in(self.rng, self.step) if self.config.lora.dropout else None
-        parts = step.split_batch(batch, self.config.train.accumulate)
+        parts = self.shares.batch(self.batches.build(planned, self.shares.rows(rows)), rows)
+        told = self.shares.told(is_told)
         shapes = tuple(array.shape for array in parts.values())
         is_compiling = shapes not in self.programs
         if is_compiling:
-            self.programs[shapes] = self.update.lower(self.params, self.state, parts, rng).compile()
-        self.state, output = self.programs[shapes](self.params, self.state, parts, rng)
+            self.programs[shapes] = self.update.lower(self.params, self.state, parts, rng, told).compile()
+        self.state, output = self.programs[shapes](self.params, self.state, parts, rng, told)
         self.step += 1
-        return _Update(self.step, output, int((batch["segment_ids"] > 0).sum()), before, is_compiling)
+        return _Update(self.step, output, self.batches.positions(planned), before, is_compiling)
 
     def _log(self, update: _Update, progress: tqdm) -> None:
         """Wait for an update and write its line, then do what is due after it."""
         loss, norm = float(update.output.loss), float(update.output.gradient_norm)
         took = time.perf_counter() - self.clock
+        self.is_told_to_stop |= bool(update.output.is_told_to_stop)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._keep_last_good(update)
             raise NonFiniteLossError(update.step, update.output)

@@ -36,7 +36,25 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-class MetricsLog:
+class NoLog:
+    """Takes what a `MetricsLog` does and keeps only the last line: for processes beside the main one."""
+
+    def __init__(self) -> None:
+        """Start without a line."""
+        self.last: dict[str, Any] = {}
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Remember the line of one step."""
+        self.last = {"step": step, **values}
+
+    def sync(self) -> None:
+        """Nothing to put anywhere."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class MetricsLog(NoLog):
     """Appends steps to `metrics.jsonl` and scalars to TensorBoard event files.
 
     Args:
@@ -48,17 +66,18 @@ class MetricsLog:
         """Truncate what is there to `resumed_step` and open it; `last` is the last line there is."""
         from tensorboardX import SummaryWriter
 
+        super().__init__()
         self._path = directory / "metrics.jsonl"
         kept = [row for row in read_metrics(self._path) if row["step"] <= resumed_step] if resumed_step else []
         _write_atomically(self._path, "".join(_line(row) for row in kept))
-        self.last: dict[str, Any] = kept[-1] if kept else {}
+        self.last = kept[-1] if kept else {}
         self._file = self._path.open("a", encoding="utf-8")
         purge = {"purge_step": resumed_step + 1} if resumed_step else {}
         self._board = SummaryWriter(str(directory / "tensorboard"), **purge)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append the line of one step."""
-        self.last = {"step": step, **values}
+        super().write(step, values)
         self._file.write(_line(self.last))
         self._file.flush()
         for name, value in values.items():

@@ -67,8 +67,9 @@ def adapt(
     spec, recipe, batches = recipes.spec(config), recipes.find(config), iter(batches)
     inputs = step.loss_inputs(next(batches))
     sites = lorax.trace(loss, params, inputs)
-    make = jax.jit(lambda key, params: lorax.init(key, spec, sites, params))  # one program, not one an array
-    adapter = make(jax.random.key(config.seed), params)
+    make = lambda key, params: lorax.init(key, spec, sites, params)
+    where = lorax.shardings(params, jax.eval_shape(make, jax.random.key(config.seed), params))
+    adapter = jax.jit(make, out_shardings=where)(jax.random.key(config.seed), params)  # one program, not one an array
     if recipe.reads_inputs:
         others = map(step.loss_inputs, itertools.islice(batches, config.eva.batches - 1))
         adapter = lorax.eva(loss, params, adapter, [(inputs,), *((x,) for x in others)], rho=config.eva.rho)

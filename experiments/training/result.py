@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import config_dict
 
 import lorax
 from experiments import data
 from experiments.models import Model
-from experiments.training import step
+from experiments.training import devices, step
 from experiments.training.loop import Trained
 from experiments.training.run_directory import bytes_on_disk
 
@@ -28,11 +27,11 @@ def save_adapter(path: pathlib.Path, adapter: lorax.Adapter, params: Any, metada
     Raises:
         ValueError: if what is there is another adapter.
     """
-    if not path.exists():
+    if not devices.from_main(path.exists):
         lorax.save(path, adapter, base=params, metadata=metadata)
-    restored = lorax.restore(path, base=params)
-    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), adapter.params, restored.params)
-    if not all(jax.tree.leaves(same)):
+    restored = lorax.restore(path, base=params, shardings=lorax.shardings(params, adapter))
+    same = jax.jit(lambda a, b: jax.tree.map(lambda x, y: jnp.all(x == y), a, b))(adapter.params, restored.params)
+    if not all(map(bool, jax.tree.leaves(same))):
         raise ValueError(f"{path}: holds another adapter than this run's; move it away and start the run again")
     return restored
 
@@ -41,7 +40,9 @@ def save_peft(
     path: pathlib.Path, adapter: lorax.Adapter, params: Any, model: Model, settings: config_dict.ConfigDict
 ) -> None:
     """Write the adapter as a directory of Hugging Face's PEFT, for the same base there."""
-    lorax.peft.save(path, adapter, params, names=model.peft_names, base_model=HUB_NAMES.get(settings.source))
+    adapter = devices.whole(adapter)
+    if devices.is_main():
+        lorax.peft.save(path, adapter, params, names=model.peft_names, base_model=HUB_NAMES.get(settings.source))
 
 
 def compare_merged(model: Model, params: Any, adapter: lorax.Adapter, merged: Any, batch: data.Batch) -> dict[str, Any]:

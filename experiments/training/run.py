@@ -8,13 +8,15 @@ import time
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import config_dict
 from tqdm import tqdm
 
 import lorax
 from experiments import data
+from experiments.models import partition
 from experiments.report import page
-from experiments.training import evaluation, loop, preparation, recipes, result, settings, step, subject, task
+from experiments.training import devices, evaluation, loop, preparation, recipes, result, settings, step, subject, task
 from experiments.training.evaluation import Evaluator
 from experiments.training.run_directory import RunDirectory, environment
 from experiments.training.stopping import StopSignals
@@ -40,6 +42,7 @@ def finetune(config: config_dict.ConfigDict, *, command: str, stop: StopSignals)
     """
     settings.check(config)
     recipes.check(config)
+    mesh = devices.mesh(config.mesh)
     directory = RunDirectory(config)
     with directory.locked():
         found = directory.read("result.json")
@@ -50,24 +53,26 @@ def finetune(config: config_dict.ConfigDict, *, command: str, stop: StopSignals)
             model = preparation.model_name(config.model)
             directory.write("environment.json", environment(config, command=command, model=model))
             try:
-                outcome = _run(config, directory, stop)
+                with jax.set_mesh(mesh):
+                    outcome = _run(config, directory, mesh, stop)
             except loop.NonFiniteLossError as error:
                 directory.write("result.json", {"status": f"stopped: step {error.step} was not finite"})
-                page.write(directory.path)
+                devices.from_main(lambda: str(page.write(directory.path)))
                 raise
             directory.write("result.json", outcome)
-        print(f"report: {page.write(directory.path)}")
+        print(f"report: {devices.from_main(lambda: str(page.write(directory.path)))}")
     return outcome
 
 
-def _run(config: config_dict.ConfigDict, directory: RunDirectory, stop: StopSignals) -> dict[str, Any]:
+def _run(config: config_dict.ConfigDict, directory: RunDirectory, mesh: Mesh, stop: StopSignals) -> dict[str, Any]:
     started = time.perf_counter()
     samples = task.load(config)
     model = preparation.load_model(config)
     tokenizer = model.tokenizer
     assert tokenizer is not None  # load_model
     # the model keeps none, since a method may quantise them
-    params, model = jax.device_put(model.params), dataclasses.replace(model, params={})
+    params = devices.place(model.params, partition.shardings(model.params, mesh))
+    model = dataclasses.replace(model, params={})
     layout = preparation.batch_layout(config)
     placeholders = recipes.placeholders(config, model.config.vocab_size)
     encoded = data.encode_samples(
@@ -95,7 +100,7 @@ def _run(config: config_dict.ConfigDict, directory: RunDirectory, stop: StopSign
     # a prompt or prefix, and LoftQ's factors, are there before training; what is merged starts as no change
     untrained = (params, adapter) if unmerged else params
     before = _evaluate_once(directory, "before", test, untrained, config)
-    trained = loop.train(config, directory, params, adapter, loss, batches, watch=watch, stop=stop)
+    trained = loop.train(config, directory, params, adapter, loss, batches, mesh, watch=watch, stop=stop)
     evaluated = subject.of(params, trained.adapter)
     after = _evaluate_once(directory, "after", test, evaluated, config)
 
@@ -109,7 +114,7 @@ def _run(config: config_dict.ConfigDict, directory: RunDirectory, stop: StopSign
     else:
         held_out = data.Batches(test.encoded[:MERGE_CHECK_EXAMPLES], layout, pad_id=tokenizer.pad_id, shuffle=False)
         merge_check = result.compare_merged(model, params, adapter, evaluated, next(held_out))
-    directory.write("budget.json", result.budget(params, adapter, trained, directory.path))
+    directory.write("budget.json", devices.from_main(lambda: result.budget(params, adapter, trained, directory.path)))
     answered = before["answers"], after["answers"]
     loss_before, loss_after = before["loss"], after["loss"]
     return {

@@ -27,14 +27,14 @@ import jax
 from ml_collections import config_dict
 
 import lorax
-from experiments.training import settings
+from experiments.training import devices, settings
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml-collections")
 MAY_CHANGE = ("config.run_dir:",)  # a run may be moved or named another way
 
 
 class RunDirectory:
-    """Paths and JSON files of one run.
+    """Paths and JSON files of one run, whose processes share the directory: what one reads, all do.
 
     Args:
         config: the resolved settings.
@@ -46,6 +46,9 @@ class RunDirectory:
     def __init__(self, config: config_dict.ConfigDict):
         """Create the directory, or check that its run has the same settings."""
         self.path = pathlib.Path(config.run_dir)
+        devices.from_main(lambda: self._create(config))
+
+    def _create(self, config: config_dict.ConfigDict) -> None:
         stored = self.path / "config.json"
         if stored.exists():
             self._check_same(json.loads(stored.read_text(encoding="utf-8")), config)
@@ -63,12 +66,16 @@ class RunDirectory:
         Raises:
             ValueError: if a process is at work in it.
         """
-        with (self.path / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{self.path}: another process is running in it; wait for it, or stop it") from None
+        with contextlib.ExitStack() as held:
+            devices.from_main(lambda: self._lock(held))
             yield
+
+    def _lock(self, held: contextlib.ExitStack) -> None:
+        lock = held.enter_context((self.path / "lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path}: another process is running in it; wait for it, or stop it") from None
 
     def _check_same(self, stored: dict[str, Any], config: config_dict.ConfigDict) -> None:
         changed = settings.differences(stored, json.loads(settings.to_json(config)))
@@ -83,10 +90,12 @@ class RunDirectory:
     def read(self, name: str) -> dict[str, Any] | None:
         """Return the JSON object in the file `name`; None if there is no such file."""
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return devices.from_main(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
 
     def write(self, name: str, value: dict[str, Any]) -> None:
-        """Write the JSON object to the file `name`, whole or not at all."""
+        """Write the JSON object to the file `name`, whole or not at all; of several processes the main one does."""
+        if not devices.is_main():
+            return
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
@@ -107,13 +116,14 @@ def environment(config: config_dict.ConfigDict, *, command: str, model: str) -> 
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    devices = jax.devices()
+    there = jax.devices()
     return {
         "command": command,
         "model": model,
         "versions": versions,
         "platform": f"{platform.system()} {platform.machine()}",
-        "devices": f"{len(devices)} × {devices[0].device_kind}",
+        "devices": f"{len(there)} × {there[0].device_kind}",
+        "processes": jax.process_count(),
         "cores": os.cpu_count(),
         "seed": config.seed,
     }

@@ -35,6 +35,11 @@ def defaults() -> config_dict.ConfigDict:
                 "quantize": "none",  # the frozen linear layers, while loading: none, nf4, fp4, int8 or int4
                 "double_quantization": True,  # nf4 and fp4: their scales in eight bits too
             },
+            "mesh": {  # devices along each axis, of all processes together; 0: all that the others leave
+                "data": 0,  # each has all of the weights and a part of the rows
+                "fsdp": 1,  # each has a part of the weights and of the rows
+                "tensor": 1,  # each has a part of the weights, of heads and of inner widths, and all rows
+            },
             "data": {
                 "path": "",  # your own JSONL; empty: the sentiment sentences below
                 "held_out_path": "",  # JSONL to test on; empty: a part of `path`, drawn by the seed

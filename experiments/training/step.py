@@ -59,12 +59,14 @@ class TrainState(NamedTuple):
 class StepOutput(NamedTuple):
     """Numbers of an update: mean loss in nats an answer token, norm of its gradient before clipping.
 
-    `terms` are what else is told of the adapter before the update; the loss has no part of them.
+    `terms` are what else is told of the adapter before the update; the loss has no part of them. `is_told_to_stop`
+    says whether any of the processes was.
     """
 
     loss: jax.Array
     gradient_norm: jax.Array
     terms: dict[str, jax.Array]
+    is_told_to_stop: jax.Array | bool = False
 
 
 def train_step(
@@ -73,28 +75,31 @@ def train_step(
     *,
     offload: bool = False,
     terms: Callable[[lorax.Adapter], dict[str, jax.Array]] = lambda adapter: {},
+    places: Any = None,
 ) -> Any:
-    """Return the jitted update `(params, state, parts, rng) -> (state, output)`.
+    """Return the jitted update `(params, state, parts, rng, told) -> (state, output)`.
 
     `params` is an argument, so frozen weights are no constants of the program, and it is not differentiated;
     `state` is donated. `parts` is a batch with a leading axis A (`split_batch`): the gradients of the parts
     are added up one after the other before the one update, so the result is that of the whole batch at the
-    memory of a part. `rng` draws the dropout; None turns it off.
+    memory of a part. `rng` draws the dropout; None turns it off. `told` has a bool a device: whether its process was
+    told to stop; None where there is one process.
 
     Args:
         loss: of `summed_loss`.
         optimiser: of the adapter's parameters.
         offload: whether the state is that of `lorax.optim.offload(optimiser)`, in host memory.
         terms: further numbers of the adapter for the output.
+        places: shardings of the state, as it is returned; None leaves them to XLA.
     """
     adapted = lorax.adapt(loss)
     transformation = held(optimiser)
     if offload:
         transformation = lorax.optim.offload(transformation)
 
-    @functools.partial(jax.jit, donate_argnames="state")
+    @functools.partial(jax.jit, donate_argnames="state", out_shardings=places and (places, None))
     def step(
-        params: Any, state: TrainState, parts: dict[str, Any], rng: jax.Array | None
+        params: Any, state: TrainState, parts: dict[str, Any], rng: jax.Array | None, told: jax.Array | None = None
     ) -> tuple[TrainState, StepOutput]:
         adapter = state.adapter
 
@@ -115,7 +120,8 @@ def train_step(
             (summed, gradient), _ = jax.lax.scan(add_part, (jnp.float32(0), nothing), (parts, rngs))
         answer_tokens = jnp.sum(parts["loss_weights"])
         gradient = jax.tree.map(lambda g: g / answer_tokens.astype(g.dtype), gradient)
-        output = StepOutput(summed / answer_tokens, optax.tree.norm(gradient), terms(adapter))
+        is_told = False if told is None else jnp.any(told)
+        output = StepOutput(summed / answer_tokens, optax.tree.norm(gradient), terms(adapter), is_told)
         halted = state.halted | ~(jnp.isfinite(output.loss) & jnp.isfinite(output.gradient_norm))
         updates, opt_state = transformation.update(gradient, state.opt_state, adapter.params, halted=halted)
 

@@ -1,0 +1,69 @@
+"""How the models' parameters and activations are split over a mesh with the axes data, fsdp and tensor.
+
+Parameters: fully sharded (fsdp) along the width of the residual stream, tensor parallel (tensor) along heads, the inner
+width of feed-forwards, and the vocabulary. Activations: rows over data and fsdp, so that a device that holds a part of
+the weights also works on a part of the batch. The models know nothing of adapters, nor of processes.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+import lorax
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+
+# Leaf paths, matched as a whole, and the mesh axes of a leaf's last axes; an axis in front (layers) is not split.
+_RULES = (
+    (r"(.*/)?embed(/tokens)?/embedding", ("tensor", "fsdp")),
+    (r"(.*/)?attn/(query|key|value)/kernel", ("fsdp", "tensor", None)),
+    (r"(.*/)?attn/(query|key|value)/bias", ("tensor", None)),
+    (r"(.*/)?attn/out/kernel", ("tensor", None, "fsdp")),
+    (r"(.*/)?mlp/(gate|up)/kernel", ("fsdp", "tensor")),
+    (r"(.*/)?mlp/(gate|up)/bias", ("tensor",)),
+    (r"(.*/)?mlp/down/kernel", ("tensor", "fsdp")),
+    (r"(.*/)?head/kernel", ("fsdp", "tensor")),
+)
+
+
+def spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> jax.P:
+    """Return how a parameter is split.
+
+    Args:
+        path: the leaf's path.
+        shape: its shape.
+        sizes: devices along each axis of the mesh. An axis that does not divide a dimension evenly does not split it.
+
+    >>> tuple(spec("layers/attn/key/kernel", (2, 64, 2, 16), {"fsdp": 4, "tensor": 4}))
+    (None, 'fsdp', None, None)
+    """
+    names = next((names for pattern, names in _RULES if re.fullmatch(pattern, path)), ())
+    names = (*[None] * (len(shape) - len(names)), *names)
+    return jax.P(*(name if name and size % sizes[name] == 0 else None for name, size in zip(names, shape, strict=True)))
+
+
+def shardings(params: Any, mesh: Mesh) -> Any:
+    """Return a sharding for every leaf of nested dicts of arrays, and for every child of a quantised leaf."""
+    leaves: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
+    places = {path: NamedSharding(mesh, spec(path, x.shape, mesh.shape)) for path, x in leaves.items()}
+    return lorax.quant.shardings(params, flax.traverse_util.unflatten_dict(places, sep="/"))
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """Give every device all of an array, where a mesh was set: for what a host reads."""
+    is_set = bool(jax.sharding.get_abstract_mesh().axis_names)
+    return jax.lax.with_sharding_constraint(x, jax.P()) if is_set else x
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+    """Keep an activation split by rows, its first axis, where a mesh was set with `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(ROWS) <= set(mesh.axis_names) or x.shape[0] % math.prod(mesh.shape[name] for name in ROWS):
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.P(ROWS))
