@@ -3,9 +3,9 @@
     python -m experiments.bench.train [--shape 32m] [--tokens 8x256] [--dtype float32] [--variants floor,lora-all-8,…]
         [--repeats 10] [--torch-python PYTHON] [--json FILE]
 
-A decoder of the Llama family with random weights, next-token cross-entropy over all positions, AdamW. Every variant runs
-in a process of its own; the processes take turns, one step each, so that what disturbs the machine disturbs all. Times
-are medians over turns, ratios medians of the turns' ratios.
+A decoder of the Llama family with random weights, next-token cross-entropy over all positions, AdamW. Every variant
+runs in a process of its own; the processes take turns, one step each, so that what disturbs the machine disturbs all.
+Times are medians over turns, ratios medians of the turns' ratios.
 
     forward           the loss alone
     floor             the loss and its gradient for the embedded tokens: what any adapter near the input needs
@@ -135,7 +135,9 @@ def has_torch(python: str) -> bool:
     names = ("torch", "transformers", "peft")
     if python == sys.executable:
         return all(importlib.util.find_spec(name) for name in names)
-    return subprocess.run([python, "-c", f"import {', '.join(names)}"], capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run([python, "-c", f"import {', '.join(names)}"], capture_output=True, check=False).returncode == 0
+    )
 
 
 def main() -> None:
@@ -154,7 +156,9 @@ def main() -> None:
     if unknown := sorted(set(variants) - set(VARIANTS)):
         parser.error(f"--variants: unknown {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
     if any(name.startswith("peft") for name in variants) and not has_torch(args.torch_python):
-        print("PEFT is not compared: torch, transformers and peft are not installed; --torch-python names where they are")
+        print(
+            "PEFT is not compared: torch, transformers and peft are not installed; --torch-python names where they are"
+        )
         variants = [name for name in variants if not name.startswith("peft")]
     rows = measure(args.shape, batch, length, args.dtype, variants, args.repeats, args.torch_python)
     facts = {"shape": args.shape, "tokens": args.tokens, "dtype": args.dtype, "repeats": args.repeats}

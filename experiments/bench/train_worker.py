@@ -89,7 +89,6 @@ def build(settings: Settings) -> tuple[Callable[[], jax.Array], Any]:
         run = jax.jit(loss).lower(params, tokens).compile()
         return lambda: run(params, tokens), run
     if settings.variant == "floor":
-
         shape = (settings.batch, settings.length, config.dim)
         shift = jnp.zeros(shape, config.dtype)
         floor = jax.value_and_grad(lambda shift, *args: with_shift(loss, shift)(*args))
@@ -103,9 +102,7 @@ def build(settings: Settings) -> tuple[Callable[[], jax.Array], Any]:
     adapted = lorax.adapt(loss, strict=True)
 
     def step(params: Any, adapter: lorax.Adapter, opt_state: Any, tokens: jax.Array) -> Any:
-        value, grads = jax.value_and_grad(lambda p: adapted(params, adapter.replace(params=p), tokens))(
-            adapter.params
-        )
+        value, grads = jax.value_and_grad(lambda p: adapted(params, adapter.replace(params=p), tokens))(adapter.params)
         updates, opt_state = tx.update(grads, opt_state, adapter.params)
         return adapter.replace(params=optax.apply_updates(adapter.params, updates)), opt_state, value
 

@@ -1,4 +1,4 @@
-"""Several real processes over loopback, two devices each: losses of one process, their own rows, kills, other numbers."""
+"""Several real processes over loopback, two devices each: losses of one process, own rows, kills, other numbers."""
 
 import json
 import os
