@@ -10,7 +10,7 @@ import numpy as np
 from experiments.models.llama import LlamaConfig
 from experiments.models.names import ModuleName, names_for
 from experiments.models.tokenizer import PRE_TOKENIZERS, Tokenizer, byte_level_bpe
-from experiments.models.weights import Formats, fill_params
+from experiments.models.weights import Formats, fill_params, leaf_shapes
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -97,7 +97,7 @@ def read_params(
     rows: dict[str, tuple[str, ModuleName]] = {}
     for name in names_for(config).values():
         for i in range(config.layers if name.stacked else 1):
-            rows[f"{name.module.format(layer=i)}.weight"] = (f"{name.gguf.format(layer=i)}.weight", name)
+            rows[name.tensor.format(layer=i)] = (name.gguf_tensor.format(layer=i), name)
     to_hf = {gguf: hf for hf, (gguf, _) in rows.items()}
 
     def read(tensor: str) -> np.ndarray:
@@ -106,7 +106,8 @@ def read_params(
         return half_split_rows(weight, config.head_dim) if name.rotary else weight
 
     tensors = [to_hf.get(g, g) for g in stored]
-    return fill_params(config, tensors, read, dtype=dtype, source=source, formats=formats)
+    table = (leaf_shapes(config), names_for(config))
+    return fill_params(*table, tensors, read, dtype=dtype, source=source, formats=formats)
 
 
 def half_split_rows(weight_OxI: np.ndarray, head_dim: int) -> np.ndarray:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from experiments.models.llama import LlamaConfig
+from experiments.models.names import names_for, redundant
 from experiments.models.tokenizer import Tokenizer, special_text
-from experiments.models.weights import Formats, fill_params
+from experiments.models.weights import Formats, fill_params, leaf_shapes
 
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
@@ -98,7 +99,16 @@ def read_params(
         def read(tensor: str) -> np.ndarray:
             return shards[files[tensor]].get_tensor(tensor)
 
-        return fill_params(config, files, read, dtype=dtype, source=str(directory), formats=formats)
+        return fill_params(
+            leaf_shapes(config),
+            names_for(config),
+            files,
+            read,
+            dtype=dtype,
+            source=str(directory),
+            formats=formats,
+            redundant=redundant(config),
+        )
 
 
 def read_tokenizer(directory: pathlib.Path) -> Tokenizer | None:

@@ -1,7 +1,7 @@
 """Where each parameter of the decoder lives in Hugging Face and GGUF checkpoints: one table.
 
-The loaders read it to fill the parameters; an exchange of adapters reads the same rows (`Model.peft_names`)
-to name a site's factors and to lay them out.
+The loaders read it to fill the parameters (`weights.fill_params`); an exchange of adapters reads the same rows
+(`Model.peft_names`) to name a site's factors and to lay them out.
 """
 
 import dataclasses
@@ -17,16 +17,18 @@ class ModuleName:
     """One row: a leaf of the parameters and the module it is in other stacks.
 
     Args:
-        module: module path in Hugging Face Llama models; `{layer}` stands for the index on the leading axis.
-        gguf: name of the tensor in GGUF files, without `.weight`.
-        kind: "linear" (stored there as out x in, so transposed), "embedding" (rows x width) or "norm".
+        module: module path in Hugging Face models, whose weight is meant, or with `.bias` at its end, its bias;
+            `{layer}` stands for the index on the leading axis.
+        gguf: the same in GGUF files; none: those have no such leaf.
+        kind: "linear" (stored there as out x in, so transposed), "embedding" (rows x width), "norm", or "bias"
+            (a flat vector).
         fan_in: how many of the leaf's axes, after the layer axis, are fan-in; the rest are fan-out. Other
             stacks hold each group flattened.
         rotary: whether GGUF stores the output rows interleaved for rotary positions.
     """
 
     module: str
-    gguf: str
+    gguf: str = ""
     kind: str
     fan_in: int = 1
     rotary: bool = False
@@ -37,6 +39,20 @@ class ModuleName:
         return "{layer}" in self.module
 
     @property
+    def tensor(self) -> str:
+        """Name of the tensor, with `{layer}` in a row of a stack."""
+        return _tensor(self.module)
+
+    @property
+    def gguf_tensor(self) -> str:
+        """Likewise, in GGUF files."""
+        return _tensor(self.gguf)
+
+    def tensors(self, shape: tuple[int, ...]) -> list[str]:
+        """Names of the tensors that fill a leaf of `shape`: one for each layer, if it is a stack of them."""
+        return [self.tensor.format(layer=i) for i in range(shape[0] if self.stacked else 1)]
+
+    @property
     def transposed(self) -> bool:
         """Whether the other stack stores the weight as out x in."""
         return self.kind == "linear"
@@ -45,7 +61,7 @@ class ModuleName:
         """Turns a module's weight into one layer of the leaf.
 
         Args:
-            weight: as Hugging Face stores it: out x in, rows x width, or a vector.
+            weight: the tensor as Hugging Face stores it: out x in, rows x width, or a vector.
             shape: of the leaf, without the layer axis.
 
         Returns:
@@ -56,20 +72,26 @@ class ModuleName:
         """
         wanted = self.weight_shape(shape)
         if weight.shape != wanted:
-            raise ValueError(f"{self.module}.weight has shape {weight.shape}, the config asks for {wanted}")
+            raise ValueError(f"{self.tensor} has shape {weight.shape}, the config asks for {wanted}")
         return (weight.T if self.transposed else weight).reshape(shape)
 
     def from_leaf(self, leaf: np.ndarray) -> np.ndarray:
         """Inverse of `to_leaf`."""
         if not self.transposed:
-            return leaf
+            return leaf.reshape(self.weight_shape(leaf.shape))
         return leaf.reshape(math.prod(leaf.shape[: self.fan_in]), -1).T
 
     def weight_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the Hugging Face weight for a leaf of `shape` (without the layer axis)."""
+        if self.kind == "bias":
+            return (math.prod(shape),)
         if not self.transposed:
             return shape
         return (math.prod(shape[self.fan_in :]), math.prod(shape[: self.fan_in]))
+
+
+def _tensor(module: str) -> str:
+    return module if module.endswith(".bias") else f"{module}.weight"
 
 
 NAMES = {
@@ -112,3 +134,9 @@ NAMES = {
 def names_for(config: LlamaConfig) -> dict[str, ModuleName]:
     """The rows that a decoder of this config has: all, or all but the head if it is tied."""
     return {path: name for path, name in NAMES.items() if not (config.tied and path == "head/kernel")}
+
+
+def redundant(config: LlamaConfig) -> tuple[str, ...]:
+    """Patterns of tensors that checkpoints may hold and the decoder of this config does without."""
+    # Old exports hold the rotary frequencies, which follow from the config; a tied head repeats the embedding.
+    return (r".*\.rotary_emb\.inv_freq", *([r"lm_head\.weight"] if config.tied else []))

@@ -1,4 +1,4 @@
-"""Fills the decoder's parameters, one tensor at a time, from whatever holds the tensors."""
+"""Fills a model's parameters, one tensor at a time, from whatever holds the tensors, by a table of names."""
 
 import difflib
 import re
@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.models.llama import Llama, LlamaConfig
-from experiments.models.names import ModuleName, names_for
+from experiments.models.names import ModuleName
 from lorax.quant import Format, Quantized, quantize_leaf, stack_nodes
 
 Formats = Mapping[str, Format]
 
 
 def leaf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, by leaf path."""
+    """Shape of every parameter of the decoder, by leaf path."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     tree: Any = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
     leaves: dict[str, Any] = flax.traverse_util.flatten_dict(tree, sep="/")
@@ -26,13 +26,15 @@ def leaf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def fill_params(
-    config: LlamaConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, ModuleName],
     tensors: Iterable[str],
     read: Callable[[str], np.ndarray],
     *,
     dtype: Any,
     source: str,
     formats: Formats | None = None,
+    redundant: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Builds the parameter tree; beside it only one tensor is held in memory at a time.
 
@@ -40,28 +42,28 @@ def fill_params(
     precision is never held. The nodes are those of `lorax.quantize` on the whole parameters.
 
     Args:
-        config: shape of the decoder.
-        tensors: names of the tensors that the source holds, as Hugging Face names them.
+        shapes: shape of every leaf, by path.
+        names: the row of every leaf, by path. A row with `{layer}` runs along the leaf's leading axis.
+        tensors: names of the tensors that the source holds.
         read: returns one of them by name.
         dtype: dtype of the parameters.
         source: what to call the source in errors.
         formats: patterns of leaf paths, matched as a whole, and the formats to store those leaves in; the first that
             matches counts.
+        redundant: patterns of tensors, matched as a whole, that the source may hold and the model does without.
 
     Returns:
         Nested dict of arrays and quantised nodes, without the outer "params".
 
     Raises:
-        ValueError: if a tensor is missing, left over, or of another shape than the config asks for, or a pattern
-            matches no linear layer.
+        ValueError: if a tensor is missing, left over, or of another shape than `shapes` asks for, a pattern matches no
+            linear layer, or `shapes` and `names` are not about the same leaves.
     """
-    names, shapes = names_for(config), leaf_shapes(config)
+    if unlike := sorted(shapes.keys() ^ names.keys()):
+        raise ValueError(f"the shapes and the table of names differ in {', '.join(unlike)}; correct the table")
     stored_as = _resolve(formats or {}, names)
-    wanted = {
-        path: [f"{name.module.format(layer=i)}.weight" for i in range(config.layers if name.stacked else 1)]
-        for path, name in names.items()
-    }
-    _check_complete({t for group in wanted.values() for t in group}, set(tensors), config, source)
+    wanted = {path: name.tensors(shapes[path]) for path, name in names.items()}
+    _check_complete({t for group in wanted.values() for t in group}, set(tensors), redundant, source)
     leaves = {}
     for path, name in names.items():
         shape = shapes[path][1:] if name.stacked else shapes[path]
@@ -106,16 +108,13 @@ def _not_linear(pattern: str, matched: Sequence[str], linear: Sequence[str]) -> 
     return f"pattern {pattern!r} matches no parameter to quantise; the nearest linear layers are {', '.join(nearest)}"
 
 
-def _check_complete(wanted: set[str], given: set[str], config: LlamaConfig, source: str) -> None:
-    # Old exports hold the rotary frequencies, which follow from the config.
-    redundant = {t for t in given if t.endswith(".rotary_emb.inv_freq")}
-    if config.tied:
-        redundant.add("lm_head.weight")  # the same numbers as the embedding
-    missing, extra = sorted(wanted - given), sorted(given - wanted - redundant)
+def _check_complete(wanted: set[str], given: set[str], redundant: Sequence[str], source: str) -> None:
+    missing = sorted(wanted - given)
+    extra = sorted(t for t in given - wanted if not any(re.fullmatch(pattern, t) for pattern in redundant))
     if missing:
         raise ValueError(f"{source}: {len(missing)} tensors are missing, among them {missing[:3]}")
     if extra:
         raise ValueError(
-            f"{source}: {len(extra)} tensors have no place in this decoder, among them {extra[:3]}; "
-            "it reads the Llama architecture without biases"
+            f"{source}: {len(extra)} tensors have no place in this model, among them {extra[:3]}; "
+            "the config describes another one"
         )

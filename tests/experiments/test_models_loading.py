@@ -12,10 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import models
-from experiments.models import gguf_file, hf_directory
-from experiments.models.names import NAMES
+from experiments.models import gguf_file, hf_directory, weights
+from experiments.models.names import NAMES, ModuleName
 
 BASE = pathlib.Path(__file__).parents[1] / "golden" / "peft" / "base"
+TABLE_TENSORS = {"proj.weight": (6, 5), "proj.bias": (6,)}
 
 
 @pytest.fixture
@@ -226,3 +227,28 @@ def test_dtype_and_remat_reach_the_config():
     assert (model.config.dtype, model.config.remat) == (jnp.bfloat16, "full")
     with pytest.raises(ValueError, match="remat='all'"):
         models.load(BASE, remat="all")
+
+
+def test_any_table_of_names_fills_a_tree():
+    rng = np.random.default_rng(0)
+    stored = {f"h.{i}.{name}": rng.normal(size=shape) for i in range(2) for name, shape in TABLE_TENSORS.items()}
+    stored |= {"norm.weight": rng.normal(size=5), "h.0.left.behind": np.zeros(1)}
+    names = {
+        "blocks/proj/kernel": ModuleName(module="h.{layer}.proj", kind="linear"),
+        "blocks/proj/bias": ModuleName(module="h.{layer}.proj.bias", kind="bias"),
+        "norm/scale": ModuleName(module="norm", kind="norm"),
+    }
+    shapes = {"blocks/proj/kernel": (2, 5, 2, 3), "blocks/proj/bias": (2, 2, 3), "norm/scale": (5,)}
+    table, how = (shapes, names, stored, stored.__getitem__), {"dtype": jnp.float32, "source": "here"}
+    with pytest.raises(ValueError, match=r"no place.*left\.behind"):
+        weights.fill_params(*table, **how)
+    filled = weights.fill_params(*table, **how, redundant=[r"h\.\d+\.left\..*"])
+    assert filled["blocks"]["proj"]["kernel"].shape == (2, 5, 2, 3)
+    for i in range(2):
+        kernel, bias = (np.asarray(filled["blocks"]["proj"][leaf][i]) for leaf in ("kernel", "bias"))
+        want = stored[f"h.{i}.proj.weight"].T.reshape(5, 2, 3), stored[f"h.{i}.proj.bias"].reshape(2, 3)
+        np.testing.assert_allclose(kernel, want[0], atol=1e-6)
+        np.testing.assert_allclose(bias, want[1], atol=1e-6)
+        assert names["blocks/proj/bias"].from_leaf(bias).shape == (6,)
+    with pytest.raises(ValueError, match="differ in norm/scale"):
+        weights.fill_params({k: v for k, v in shapes.items() if k != "norm/scale"}, *table[1:], **how)
