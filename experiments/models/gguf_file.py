@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.models.llama import LlamaConfig
+from experiments.models.decoder_config import LlamaConfig
 from experiments.models.names import ModuleName, names_for
 from experiments.models.tokenizer import PRE_TOKENIZERS, Tokenizer, byte_level_bpe
 from experiments.models.weights import Formats, fill_params, leaf_shapes

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.models.llama import LlamaConfig
+from experiments.models.decoder_config import LlamaConfig
 from experiments.models.names import names_for, redundant
 from experiments.models.tokenizer import Tokenizer, special_text
 from experiments.models.weights import Formats, fill_params, leaf_shapes

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from experiments.models.llama import LlamaConfig
+from experiments.models.decoder_config import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,7 @@ def _tensor(module: str) -> str:
     return module if module.endswith(".bias") else f"{module}.weight"
 
 
+# The rows of Llama.
 NAMES = {
     "embed/embedding": ModuleName(module="model.embed_tokens", gguf="token_embd", kind="embedding"),
     "layers/attn_norm/scale": ModuleName(
@@ -131,9 +132,31 @@ NAMES = {
 }
 
 
+# Rows of decoders with more leaves than Llama.
+_BIASES = {
+    f"layers/attn/{name}/bias": ModuleName(module=f"model.layers.{{layer}}.self_attn.{module}_proj.bias", kind="bias")
+    for name, module in {"query": "q", "key": "k", "value": "v"}.items()
+}
+_HEAD_NORMS = {
+    f"layers/attn/{name}_norm/scale": ModuleName(module=f"model.layers.{{layer}}.self_attn.{module}_norm", kind="norm")
+    for name, module in {"query": "q", "key": "k"}.items()
+}
+_POST_NORMS = {
+    f"layers/{name}/scale": ModuleName(module=f"model.layers.{{layer}}.{module}_layernorm", kind="norm")
+    for name, module in {
+        "attn_post_norm": "post_attention",
+        "mlp_norm": "pre_feedforward",
+        "mlp_post_norm": "post_feedforward",
+    }.items()
+}
+
+
 def names_for(config: LlamaConfig) -> dict[str, ModuleName]:
-    """The rows that a decoder of this config has: all, or all but the head if it is tied."""
-    return {path: name for path, name in NAMES.items() if not (config.tied and path == "head/kernel")}
+    """The rows that a decoder of this config has."""
+    rows = {path: name for path, name in NAMES.items() if not (config.tied and path == "head/kernel")}
+    for has, more in ((config.qkv_bias, _BIASES), (config.qk_norm, _HEAD_NORMS), (config.post_norms, _POST_NORMS)):
+        rows |= more if has else {}
+    return rows
 
 
 def redundant(config: LlamaConfig) -> tuple[str, ...]:
