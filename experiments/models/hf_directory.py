@@ -1,75 +1,16 @@
-"""Reads a Hugging Face directory: config.json, safetensors (sharded or not), tokenizer.json."""
+"""Reads the weights (safetensors, sharded or not) and the tokenizer of a Hugging Face directory."""
 
 import contextlib
 import json
-import math
 import pathlib
 from typing import Any
 
 import numpy as np
 
 from experiments.models.decoder_config import LlamaConfig
-from experiments.models.names import names_for, redundant
+from experiments.models.names import names_for, of_text, redundant
 from experiments.models.tokenizer import Tokenizer, special_text
 from experiments.models.weights import Formats, fill_params, leaf_shapes
-
-_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-
-
-def read_config(directory: pathlib.Path) -> LlamaConfig:
-    """Translates config.json.
-
-    Raises:
-        ValueError: if the architecture, or a feature of it, is not one that the decoder computes.
-    """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; a Hugging Face model directory holds a config.json")
-    raw = json.loads(path.read_text())
-    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-    if not set(architectures) & set(_ARCHITECTURES):
-        raise ValueError(f"{path}: architectures={architectures}, wanted one of {list(_ARCHITECTURES)}")
-    unsupported = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "sliding_window": None}
-    for key, only in unsupported.items():
-        if raw.get(key, only) != only:
-            raise ValueError(f"{path}: {key}={raw[key]!r}, the decoder computes {key}={only!r} only")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-    return LlamaConfig(
-        vocab_size=raw["vocab_size"],
-        layers=raw["num_hidden_layers"],
-        dim=raw["hidden_size"],
-        heads=raw["num_attention_heads"],
-        kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=head_dim,
-        ffn_dim=raw["intermediate_size"],
-        max_positions=raw["max_position_embeddings"],
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_divisors=_rope_divisors(rope, theta, head_dim, path),
-        tied=raw.get("tie_word_embeddings", False),
-    )
-
-
-def _rope_divisors(rope: dict[str, Any], theta: float, head_dim: int, path: pathlib.Path) -> tuple[float, ...] | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    half = head_dim // 2
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return (float(rope["factor"]),) * half
-    if kind != "llama3":
-        raise ValueError(f"{path}: rope type {kind!r}, the decoder computes default, linear and llama3")
-    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-    trained = rope["original_max_position_embeddings"]
-    divisors = []
-    for i in range(half):
-        turns = trained * theta ** (-i / half) / (2 * math.pi)  # full turns within the trained context
-        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
-        divisors.append(1.0 / ((1.0 - kept) / factor + kept))
-    return tuple(divisors)
-
 
 def read_params(
     directory: pathlib.Path, config: LlamaConfig, dtype: Any, formats: Formats | None = None
@@ -96,13 +37,15 @@ def read_params(
             file: stack.enter_context(safe_open(directory / file, framework="np")) for file in set(files.values())
         }
 
+        stored = {of_text(tensor): tensor for tensor in files}
+
         def read(tensor: str) -> np.ndarray:
-            return shards[files[tensor]].get_tensor(tensor)
+            return shards[files[stored[tensor]]].get_tensor(stored[tensor])
 
         return fill_params(
             leaf_shapes(config),
             names_for(config),
-            files,
+            stored,
             read,
             dtype=dtype,
             source=str(directory),

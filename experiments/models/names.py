@@ -6,6 +6,7 @@ The loaders read it to fill the parameters (`weights.fill_params`); an exchange 
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 
@@ -161,5 +162,18 @@ def names_for(config: LlamaConfig) -> dict[str, ModuleName]:
 
 def redundant(config: LlamaConfig) -> tuple[str, ...]:
     """Patterns of tensors that checkpoints may hold and the decoder of this config does without."""
-    # Old exports hold the rotary frequencies, which follow from the config; a tied head repeats the embedding.
-    return (r".*\.rotary_emb\.inv_freq", *([r"lm_head\.weight"] if config.tied else []))
+    # Old exports hold the rotary frequencies, which follow from the config; a tied head repeats the embedding; models
+    # of text and images hold the part that sees.
+    aside = (r".*\.rotary_emb\.inv_freq", r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+    return (*aside, *([r"lm_head\.weight"] if config.tied else []))
+
+
+def of_text(tensor: str) -> str:
+    """Name that a tensor of a model of text and images has in its language model alone; others keep theirs.
+
+    >>> of_text("language_model.model.norm.weight"), of_text("model.language_model.norm.weight")
+    ('model.norm.weight', 'model.norm.weight')
+    """
+    if tensor.startswith("language_model."):
+        return tensor.removeprefix("language_model.")
+    return re.sub(r"^model\.language_model\.", "model.", tensor)

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import models
-from experiments.models import gguf_file, hf_directory, weights
+from experiments.models import gguf_file, hf_config, hf_directory, weights
 from experiments.models.names import NAMES, ModuleName
 
 BASE = pathlib.Path(__file__).parents[1] / "golden" / "peft" / "base"
@@ -127,7 +127,7 @@ def test_what_the_decoder_does_not_compute_is_refused(directory, change, match):
 
 def test_rotary_scaling_of_both_config_generations(directory):
     edit_config(directory, rope_parameters=None, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 4.0})
-    config = hf_directory.read_config(directory)
+    config = hf_config.read_config(directory)
     assert (config.rope_theta, config.rope_divisors) == (5e5, (4.0,) * 8)
     llama3 = {
         "rope_type": "llama3",
@@ -138,7 +138,7 @@ def test_rotary_scaling_of_both_config_generations(directory):
         "original_max_position_embeddings": 640,
     }
     edit_config(directory, rope_parameters=llama3)
-    divisors = hf_directory.read_config(directory).rope_divisors
+    divisors = hf_config.read_config(directory).rope_divisors
     assert divisors is not None
     # Turns in 640 positions at theta 1e4, head width 16: 101.9, 32.2, 10.2, 3.22107, 1.018592, 0.32, ...
     # kept = (turns - 1) / 3 within [0, 1]: 1, 1, 1, 0.740358, 0.006197, 0, ...
