@@ -94,8 +94,8 @@ def attend(
     G = N // K
     # Heads before tokens, and the G query heads of a key head as rows of one product: half the time, in XLA's
     # CPU back end, of the same products written as one einsum over all axes.
-    scale = H**-0.5 if scale is None else scale
-    q_BxKxTxGxH = (q_BxTxNxH * scale).reshape(B, T, K, G, H).swapaxes(1, 2)
+    factor = H**-0.5 if scale is None else scale
+    q_BxKxTxGxH = (q_BxTxNxH * factor).reshape(B, T, K, G, H).swapaxes(1, 2)
     q_BxKxGTxH = q_BxKxTxGxH.swapaxes(2, 3).reshape(B, K, G * T, H)
     scores_BxKxGTxS = jnp.einsum("bkmh,bksh->bkms", q_BxKxGTxH, k_BxSxKxH.swapaxes(1, 2))
     scores_BxKxGxTxS = soft_cap(scores_BxKxGTxS.reshape(B, K, G, T, S).astype(jnp.float32), cap)

@@ -97,9 +97,7 @@ FAMILIES = {
     "LlamaForCausalLM": Family(only={"sliding_window": None}),
     "MistralForCausalLM": Family(windowed=lambda raw, i: True, defaults={"sliding_window": 4096}),
     "Qwen2ForCausalLM": Family(features={"qkv_bias": True}, windowed=_last_layers, defaults=_QWEN),
-    "Qwen3ForCausalLM": Family(
-        features={"qk_norm": True}, windowed=_last_layers, defaults={**_QWEN, "head_dim": 128}
-    ),
+    "Qwen3ForCausalLM": Family(features={"qk_norm": True}, windowed=_last_layers, defaults={**_QWEN, "head_dim": 128}),
     "SmolLM3ForCausalLM": Family(
         windowed=_without_rotation,
         turned=_turned,

@@ -12,6 +12,7 @@ from experiments.models.names import names_for, of_text, redundant
 from experiments.models.tokenizer import Tokenizer, special_text
 from experiments.models.weights import Formats, fill_params, leaf_shapes
 
+
 def read_params(
     directory: pathlib.Path, config: LlamaConfig, dtype: Any, formats: Formats | None = None
 ) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A decoder in Flax linen: scanned stack, rotary positions, grouped-query attention, gated feed-forward.
 
-One module for the families that descend from Llama: what they differ in is data, in `LlamaConfig`, and what their layers
-differ in is data that the stack is scanned over. It knows nothing of adapters: `lorax` finds the weights from a trace
-of `Llama.__call__`.
+One module for the families that descend from Llama: what they differ in is data, in `LlamaConfig`, and what their
+layers differ in is data that the stack is scanned over. It knows nothing of adapters: `lorax` finds the weights from a
+trace of `Llama.__call__`.
 
 Axes: B batch, T query tokens, S key slots, D width, N query heads, K key/value heads, G query heads per key
 head, GT the two joined, H head width, F feed-forward width, V vocabulary, L layers.

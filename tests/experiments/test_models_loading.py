@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import models
-from experiments.models import gguf_file, hf_config, hf_directory, weights
+from experiments.models import gguf_file, hf_config, weights
 from experiments.models.names import NAMES, ModuleName
 
 BASE = pathlib.Path(__file__).parents[1] / "golden" / "peft" / "base"
