@@ -1,9 +1,9 @@
-"""A small vision transformer in Flax linen: patches, learned positions, a scanned stack, the mean of the patches.
+"""Vision transformers in Flax linen (Dosovitskiy et al. 2021, arXiv:2010.11929): two front ends of one stack.
 
-Dosovitskiy et al. 2021 (arXiv:2010.11929), with mean pooling in place of the class token. It knows nothing of adapters.
+`Vit` is small, for grey images, and pools by the mean of the patches; `VisionEncoder` is that of pretrained ViT and CLIP
+weights, with a class token. They know nothing of adapters.
 
-Axes: B batch, S side of an image, T patches, P pixels of a patch, D width, N heads, H head width, F feed-forward width,
-C classes.
+Axes: B batch, S side of an image, K channels, T patches, P pixels of a patch, D width, C classes.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from experiments.models.prenorm import StackConfig, norm, stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,19 @@ class VitConfig:
         """Patches of an image."""
         return (self.image // self.patch) ** 2
 
+    @property
+    def stack(self) -> StackConfig:
+        """Shape and numerics of the blocks."""
+        return StackConfig(
+            layers=self.layers,
+            dim=self.dim,
+            heads=self.heads,
+            ffn_dim=self.ffn_dim,
+            norm_eps=self.norm_eps,
+            activation="gelu_pytorch_tanh",
+            fast_variance=True,
+        )
+
 
 def to_patches(images_BxSxS: jax.Array, patch: int) -> jax.Array:
     """Cuts images into patches B x T x P, both row by row.
@@ -61,51 +76,8 @@ def to_patches(images_BxSxS: jax.Array, patch: int) -> jax.Array:
     return grid.swapaxes(2, 3).reshape(B, (S // patch) ** 2, patch**2)
 
 
-class Attention(nn.Module):
-    """Self-attention in which every position sees every other."""
-
-    config: VitConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Returns B x T x D."""
-        cfg = self.config
-
-        def project(name: str) -> jax.Array:
-            return nn.DenseGeneral((cfg.heads, cfg.dim // cfg.heads), name=name)(x_BxTxD)
-
-        y_BxTxNxH = jax.nn.dot_product_attention(project("query"), project("key"), project("value"))
-        return nn.DenseGeneral(cfg.dim, axis=(-2, -1), name="out")(y_BxTxNxH)
-
-
-class MLP(nn.Module):
-    """`gelu(x·up)·down`."""
-
-    config: VitConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Returns B x T x D."""
-        hidden_BxTxF = nn.gelu(nn.Dense(self.config.ffn_dim, name="up")(x_BxTxD))
-        return nn.Dense(self.config.dim, name="down")(hidden_BxTxF)
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and inside a residual connection."""
-
-    config: VitConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> tuple[jax.Array, None]:
-        """Returns the residual stream, and nothing for the scan to stack."""
-        normed = nn.LayerNorm(self.config.norm_eps, name="attn_norm")(x_BxTxD)
-        x_BxTxD = x_BxTxD + Attention(self.config, name="attn")(normed)
-        normed = nn.LayerNorm(self.config.norm_eps, name="mlp_norm")(x_BxTxD)
-        return x_BxTxD + MLP(self.config, name="mlp")(normed), None
-
-
 class Vit(nn.Module):
-    """The encoder and its head."""
+    """The small encoder and its head."""
 
     config: VitConfig
 
@@ -114,8 +86,7 @@ class Vit(nn.Module):
         cfg = self.config
         self.embed = nn.Dense(cfg.dim)
         self.positions = nn.Embed(cfg.patches, cfg.dim, embedding_init=nn.initializers.normal(0.02))
-        stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=cfg.layers)
-        self.layers = stack(cfg)
+        self.layers = stack(cfg.stack)
         self.final_norm = nn.LayerNorm(cfg.norm_eps)
         self.head = nn.Dense(cfg.classes)
 
@@ -140,5 +111,102 @@ class Vit(nn.Module):
         patches_BxTxD = self.embed(to_patches(images_BxSxS, cfg.patch))
         x_BxTxD = jnp.pad(patches_BxTxD, ((0, 0), (placeholders, 0), (0, 0)))
         rows_T = jnp.maximum(jnp.arange(-placeholders, cfg.patches), 0)  # placeholders stand at the first patch's place
-        x_BxTxD, _ = self.layers(x_BxTxD + self.positions(rows_T))
+        x_BxTxD, _ = self.layers(x_BxTxD + self.positions(rows_T), None)
         return self.final_norm(x_BxTxD[:, placeholders:]).mean(axis=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Shape of a vision transformer with a class token, for square images.
+
+    Args:
+        image: side of an image, in pixels.
+        patch: side of a patch, in pixels; divides `image`.
+        channels: of an image.
+        stack: shape and numerics of the blocks.
+        patch_bias: whether the patches' projection has a bias.
+        pre_norm: whether a norm precedes the stack.
+        classes: outputs of the head; none: there is no head.
+    """
+
+    image: int
+    patch: int
+    channels: int
+    stack: StackConfig
+    patch_bias: bool = True
+    pre_norm: bool = False
+    classes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks what the shapes of the model depend on."""
+        if self.image % self.patch:
+            raise ValueError(f"image={self.image} is not a multiple of patch={self.patch}")
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+        return self.stack.dim
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return (self.image // self.patch) ** 2
+
+
+class VisionEncoder(nn.Module):
+    """The encoder of ViT and CLIP: the class token and the patches, scanned blocks, a norm, and a head if there is one."""
+
+    config: VisionConfig
+
+    def setup(self) -> None:
+        """Declares the parameters."""
+        cfg, side = self.config, (self.config.patch,) * 2
+        dtype = cfg.stack.dtype
+        self.patches = nn.Conv(cfg.dim, side, side, "VALID", use_bias=cfg.patch_bias, dtype=dtype)
+        self.class_token = self.param("class_token", nn.initializers.normal(0.02), (cfg.dim,))
+        self.positions = nn.Embed(
+            1 + cfg.patches, cfg.dim, dtype=dtype, embedding_init=nn.initializers.normal(0.02)
+        )
+        self.pre_norm = norm(cfg.stack) if cfg.pre_norm else None
+        self.layers = stack(cfg.stack)
+        self.final_norm = norm(cfg.stack)
+        self.head = nn.Dense(cfg.classes, dtype=dtype) if cfg.classes else None
+
+    def __call__(self, images_BxSxSxK: jax.Array) -> jax.Array:
+        """Returns the head's logits B x C, or without a head the hidden states."""
+        return self.hidden(images_BxSxSxK) if self.head is None else self.logits(images_BxSxSxK)
+
+    def hidden(self, images_BxSxSxK: jax.Array) -> jax.Array:
+        """Returns the hidden states after the last norm, B x (1 + T) x D, those of the class token first.
+
+        Args:
+            images_BxSxSxK: pixels, normalised as the weights were trained; channels last.
+
+        Raises:
+            ValueError: for images of another side, or of other channels, than the model was built for.
+        """
+        cfg = self.config
+        if images_BxSxSxK.shape[1:] != (cfg.image, cfg.image, cfg.channels):
+            raise ValueError(
+                f"images have shape {images_BxSxSxK.shape}, wanted (batch, {cfg.image}, {cfg.image}, {cfg.channels}); "
+                "resize them, with the channels on the last axis"
+            )
+        patches_BxTxD = self.patches(images_BxSxSxK).reshape(len(images_BxSxSxK), cfg.patches, cfg.dim)
+        token_Bx1xD = jnp.broadcast_to(self.class_token.astype(patches_BxTxD.dtype), (len(patches_BxTxD), 1, cfg.dim))
+        x_BxTxD = jnp.concatenate([token_Bx1xD, patches_BxTxD], axis=1) + self.positions(jnp.arange(1 + cfg.patches))
+        x_BxTxD = x_BxTxD if self.pre_norm is None else self.pre_norm(x_BxTxD)
+        return self.final_norm(self.layers(x_BxTxD, None)[0])
+
+    def features(self, images_BxSxSxK: jax.Array) -> jax.Array:
+        """Returns what a head reads: the class token after the last norm, B x D."""
+        return self.hidden(images_BxSxSxK)[:, 0]
+
+    def logits(self, images_BxSxSxK: jax.Array) -> jax.Array:
+        """Returns the head's logits B x C.
+
+        Raises:
+            ValueError: if there is no head.
+        """
+        if self.head is None:
+            raise ValueError("this model has no head (classes=None); ask for `features`, and put a layer on them")
+        return self.head(self.features(images_BxSxSxK))
