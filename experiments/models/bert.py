@@ -1,4 +1,4 @@
-"""A BERT encoder in Flax linen: learned positions, bidirectional attention, norms after the residual connections.
+"""A BERT or RoBERTa encoder in Flax linen: learned positions, bidirectional attention, norms after the residuals.
 
 It knows nothing of adapters: `lorax` finds the weights from a trace of `Bert.__call__`.
 
@@ -25,9 +25,11 @@ class BertConfig:
         dim: width of the residual stream, a multiple of `heads`.
         heads: attention heads.
         ffn_dim: width inside the feed-forward.
-        max_positions: rows of the position embedding: the longest sequence, in tokens.
+        max_positions: rows of the position embedding.
         types: rows of the segment embedding.
         norm_eps: added to the variance in the norms.
+        padding_id: RoBERTa's padding token, which is skipped when positions are counted; the first one counted has the
+            row `padding_id + 1`. None: every token counts, from row 0 on, as in BERT.
         dtype: dtype of the computation; norms and softmax are float32 in any case.
     """
 
@@ -39,12 +41,25 @@ class BertConfig:
     max_positions: int
     types: int = 2
     norm_eps: float = 1e-12
+    padding_id: int | None = None
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
         """Checks what the shapes of the model depend on."""
         if self.dim % self.heads:
             raise ValueError(f"dim={self.dim} is not a multiple of heads={self.heads}")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_positions={self.max_positions} leaves no row behind padding_id={self.padding_id}")
+
+    @property
+    def first_position(self) -> int:
+        """Row of the position embedding for the first token."""
+        return 0 if self.padding_id is None else self.padding_id + 1
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence, in tokens."""
+        return self.max_positions - self.first_position
 
 
 class Embed(nn.Module):
@@ -53,7 +68,7 @@ class Embed(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, tokens_BxT: jax.Array, types_BxT: jax.Array, positions_T: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BxT: jax.Array, types_BxT: jax.Array, rows_BxT: jax.Array) -> jax.Array:
         """Returns B x T x D."""
         cfg = self.config
 
@@ -61,7 +76,7 @@ class Embed(nn.Module):
             return nn.Embed(rows, cfg.dim, dtype=cfg.dtype, embedding_init=nn.initializers.normal(0.02), name=name)
 
         x_BxTxD = table(cfg.vocab_size, "tokens")(tokens_BxT) + table(cfg.types, "types")(types_BxT)
-        return _norm(cfg, "norm")(x_BxTxD + table(cfg.max_positions, "positions")(positions_T)[None])
+        return _norm(cfg, "norm")(x_BxTxD + table(cfg.max_positions, "positions")(rows_BxT))
 
 
 class Attention(nn.Module):
@@ -121,7 +136,8 @@ class Bert(nn.Module):
         Args:
             tokens_BxT: int32 token ids.
             mask_BxT: True, or 1, at tokens that are no padding.
-            positions_T: int32 positions in tokens, the same for all rows; none: 0 … T-1.
+            positions_T: int32 positions in tokens, from 0 on, the same for all rows; none: 0 … T-1, or with a
+                `padding_id` the number of other tokens before.
             types_BxT: int32 segment of each token; none: 0.
 
         Returns:
@@ -131,14 +147,13 @@ class Bert(nn.Module):
             ValueError: if the sequences are longer than the position embedding.
         """
         cfg = self.config
-        if tokens_BxT.shape[1] > cfg.max_positions:
+        if tokens_BxT.shape[1] > cfg.max_tokens:
             raise ValueError(
-                f"tokens are {tokens_BxT.shape[1]} long, the model was built for max_positions={cfg.max_positions}; "
-                "shorten the sequences"
+                f"tokens are {tokens_BxT.shape[1]} long, the model was built for max_positions={cfg.max_positions}"
+                f"{f', {cfg.first_position} of which are unused' if cfg.first_position else ''}; shorten the sequences"
             )
-        positions_T = jnp.arange(tokens_BxT.shape[1]) if positions_T is None else positions_T
         types_BxT = jnp.zeros_like(tokens_BxT) if types_BxT is None else types_BxT
-        x_BxTxD = Embed(cfg, name="embed")(tokens_BxT, types_BxT, positions_T)
+        x_BxTxD = Embed(cfg, name="embed")(tokens_BxT, types_BxT, self._position_rows(tokens_BxT, positions_T))
         stack = nn.scan(
             Block,
             variable_axes={"params": 0},
@@ -148,11 +163,14 @@ class Bert(nn.Module):
         )
         return stack(cfg, name="layers")(x_BxTxD, mask_BxT.astype(bool))[0]
 
-
-def mean_pool(hidden_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    """The mean hidden state B x D over the tokens that are no padding; 0 where all are."""
-    weights_BxTx1 = mask_BxT[:, :, None].astype(hidden_BxTxD.dtype)
-    return jnp.sum(hidden_BxTxD * weights_BxTx1, axis=1) / jnp.maximum(jnp.sum(weights_BxTx1, axis=1), 1)
+    def _position_rows(self, tokens_BxT: jax.Array, positions_T: jax.Array | None) -> jax.Array:
+        """Rows of the position embedding, B x T or 1 x T."""
+        cfg = self.config
+        if positions_T is None and cfg.padding_id is not None:
+            counted_BxT = (tokens_BxT != cfg.padding_id).astype(jnp.int32)
+            return cfg.padding_id + jnp.cumsum(counted_BxT, axis=1) * counted_BxT  # padding has its own row
+        positions_T = jnp.arange(tokens_BxT.shape[1]) if positions_T is None else positions_T
+        return cfg.first_position + positions_T[None]
 
 
 def _dense(features: int | tuple[int, ...], axis: int | tuple[int, ...], cfg: BertConfig, name: str) -> nn.DenseGeneral:

@@ -1,5 +1,6 @@
 """Reads a GGUF file of the Llama architecture: dequantises the weights, builds the tokenizer it describes."""
 
+import functools
 import importlib.util
 import pathlib
 import warnings
@@ -8,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.models.decoder_config import LlamaConfig
-from experiments.models.names import ModuleName, names_for
+from experiments.models.llama import param_shapes
+from experiments.models.names import names_for
+from experiments.models.placed import Places
 from experiments.models.tokenizer import PRE_TOKENIZERS, Tokenizer, byte_level_bpe
-from experiments.models.weights import Formats, fill_params, leaf_shapes
+from experiments.models.weights import Formats, fill_params
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -88,26 +91,32 @@ def read_config(reader: "GGUFReader") -> LlamaConfig:
 
 
 def read_params(
-    reader: "GGUFReader", config: LlamaConfig, dtype: Any, source: str, formats: Formats | None = None
+    reader: "GGUFReader",
+    config: LlamaConfig,
+    dtype: Any,
+    source: str,
+    formats: Formats | None = None,
+    places: Places | None = None,
 ) -> dict[str, Any]:
-    """Dequantises the weights into the decoder's parameters, which `weights.fill_params` may store in `formats`."""
+    """Dequantises the weights into the decoder's parameters, see `weights.fill_params`."""
     from gguf.quants import dequantize
 
-    stored = {t.name: t for t in reader.tensors if t.name != "rope_freqs.weight"}
-    rows: dict[str, tuple[str, ModuleName]] = {}
-    for name in names_for(config).values():
+    names = names_for(config)
+    rows: dict[str, tuple[str, bool]] = {}
+    for name in names.values():
         for i in range(config.layers if name.stacked else 1):
-            rows[name.tensor.format(layer=i)] = (name.gguf_tensor.format(layer=i), name)
-    to_hf = {gguf: hf for hf, (gguf, _) in rows.items()}
+            rows[name.gguf_tensor.format(layer=i)] = (name.tensor.format(layer=i), name.rotary)
 
-    def read(tensor: str) -> np.ndarray:
-        gguf, name = rows[tensor]
-        weight = dequantize(stored[gguf].data, stored[gguf].tensor_type)
-        return half_split_rows(weight, config.head_dim) if name.rotary else weight
+    def read(stored: Any, rotary: bool) -> np.ndarray:
+        weight = dequantize(stored.data, stored.tensor_type)
+        return half_split_rows(weight, config.head_dim) if rotary else weight
 
-    tensors = [to_hf.get(g, g) for g in stored]
-    table = (leaf_shapes(config), names_for(config))
-    return fill_params(*table, tensors, read, dtype=dtype, source=source, formats=formats)
+    tensors = {}
+    for stored in reader.tensors:
+        if stored.name != "rope_freqs.weight":
+            name, rotary = rows.get(stored.name, (stored.name, False))
+            tensors[name] = functools.partial(read, stored, rotary)
+    return fill_params(param_shapes(config), names, tensors, dtype=dtype, source=source, formats=formats, places=places)
 
 
 def half_split_rows(weight_OxI: np.ndarray, head_dim: int) -> np.ndarray:

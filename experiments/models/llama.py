@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from experiments.models.attention import Tokens, attend, rotary_tables, rotate, soft_cap, visible, within
 from experiments.models.decoder_config import REMAT_POLICIES, LlamaConfig
 from experiments.models.partition import by_rows
+from experiments.models.weights import leaf_shapes
 
-__all__ = ["Llama", "LlamaConfig", "attend", "empty_cache"]
+__all__ = ["Llama", "LlamaConfig", "attend", "empty_cache", "param_shapes"]
 
 
 class View(NamedTuple):
@@ -257,6 +258,11 @@ class Llama(nn.Module):
         assert new is not None  # the blocks were given a cache
         cache = {k: jax.lax.dynamic_update_slice_in_dim(cache[k], new[k], slot, axis=2) for k in cache}
         return self.unembed(self.final_norm(x_BxTxD[:, -1])), cache
+
+
+def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter, by leaf path."""
+    return leaf_shapes(Llama(config), jax.ShapeDtypeStruct((1, 1), jnp.int32))
 
 
 def empty_cache(config: LlamaConfig, batch_size: int, slots: int) -> dict[str, jax.Array]:

@@ -21,8 +21,9 @@ class ModuleName:
         module: module path in Hugging Face models, whose weight is meant, or with `.bias` at its end, its bias;
             `{layer}` stands for the index on the leading axis.
         gguf: the same in GGUF files; none: those have no such leaf.
-        kind: "linear" (stored there as out x in, so transposed), "embedding" (rows x width), "norm", or "bias"
-            (a flat vector).
+        kind: "linear" (stored there as out x in, so transposed), "conv" (out x in x height x width), "embedding" (rows
+            x width), "norm", "bias" (a flat vector), or "parameter" (`module` is the tensor itself, which may have more
+            axes in front, of size 1).
         fan_in: how many of the leaf's axes, after the layer axis, are fan-in; the rest are fan-out. Other
             stacks hold each group flattened.
         rotary: whether GGUF stores the output rows interleaved for rotary positions.
@@ -42,12 +43,15 @@ class ModuleName:
     @property
     def tensor(self) -> str:
         """Name of the tensor, with `{layer}` in a row of a stack."""
-        return _tensor(self.module)
+        return self._tensor(self.module)
 
     @property
     def gguf_tensor(self) -> str:
         """Likewise, in GGUF files."""
-        return _tensor(self.gguf)
+        return self._tensor(self.gguf)
+
+    def _tensor(self, module: str) -> str:
+        return module if self.kind in ("bias", "parameter") else f"{module}.weight"
 
     def tensors(self, shape: tuple[int, ...]) -> list[str]:
         """Names of the tensors that fill a leaf of `shape`: one for each layer, if it is a stack of them."""
@@ -62,7 +66,7 @@ class ModuleName:
         """Turns a module's weight into one layer of the leaf.
 
         Args:
-            weight: the tensor as Hugging Face stores it: out x in, rows x width, or a vector.
+            weight: the tensor as Hugging Face stores it, see `kind`.
             shape: of the leaf, without the layer axis.
 
         Returns:
@@ -71,13 +75,19 @@ class ModuleName:
         Raises:
             ValueError: if the weight's shape is not what `shape` flattens to.
         """
-        wanted = self.weight_shape(shape)
+        wanted, more = self.weight_shape(shape), weight.ndim - len(shape)
+        if self.kind == "parameter" and weight.shape[:more] == (1,) * more:
+            weight = weight.reshape(weight.shape[more:])
         if weight.shape != wanted:
-            raise ValueError(f"{self.tensor} has shape {weight.shape}, the config asks for {wanted}")
+            raise ValueError(f"it has shape {weight.shape}, the config asks for {wanted}")
+        if self.kind == "conv":
+            return weight.transpose(2, 3, 1, 0)
         return (weight.T if self.transposed else weight).reshape(shape)
 
     def from_leaf(self, leaf: np.ndarray) -> np.ndarray:
         """Inverse of `to_leaf`."""
+        if self.kind == "conv":
+            return leaf.transpose(3, 2, 0, 1)
         if not self.transposed:
             return leaf.reshape(self.weight_shape(leaf.shape))
         return leaf.reshape(math.prod(leaf.shape[: self.fan_in]), -1).T
@@ -86,13 +96,12 @@ class ModuleName:
         """Shape of the Hugging Face weight for a leaf of `shape` (without the layer axis)."""
         if self.kind == "bias":
             return (math.prod(shape),)
+        if self.kind == "conv":
+            height, width, channels, features = shape
+            return (features, channels, height, width)
         if not self.transposed:
             return shape
         return (math.prod(shape[self.fan_in :]), math.prod(shape[: self.fan_in]))
-
-
-def _tensor(module: str) -> str:
-    return module if module.endswith(".bias") else f"{module}.weight"
 
 
 # The rows of Llama.

@@ -7,7 +7,7 @@ the weights also works on a part of the batch. The models know nothing of adapte
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.traverse_util
@@ -48,11 +48,16 @@ def spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> jax.P:
     return jax.P(*(name if name and size % sizes[name] == 0 else None for name, size in zip(names, shape, strict=True)))
 
 
+def places(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Return the function of a parameter's path and shape that says where it lies."""
+    return lambda path, shape: NamedSharding(mesh, spec(path, shape, mesh.shape))
+
+
 def shardings(params: Any, mesh: Mesh) -> Any:
     """Return a sharding for every leaf of nested dicts of arrays, and for every child of a quantised leaf."""
     leaves: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
-    places = {path: NamedSharding(mesh, spec(path, x.shape, mesh.shape)) for path, x in leaves.items()}
-    return lorax.quant.shardings(params, flax.traverse_util.unflatten_dict(places, sep="/"))
+    where = {path: places(mesh)(path, x.shape) for path, x in leaves.items()}
+    return lorax.quant.shardings(params, flax.traverse_util.unflatten_dict(where, sep="/"))
 
 
 def whole(x: jax.Array) -> jax.Array:

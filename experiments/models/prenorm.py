@@ -12,7 +12,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -78,9 +77,7 @@ class Attention(nn.Module):
             return nn.DenseGeneral(heads, use_bias=cfg.qkv_bias, dtype=cfg.dtype, name=name)(x_BxTxD)
 
         mask_Bx1xTxT = None if mask_BxTxT is None else mask_BxTxT[:, None]
-        y_BxTxNxH = jax.nn.dot_product_attention(
-            project("query"), project("key"), project("value"), mask=mask_Bx1xTxT
-        )
+        y_BxTxNxH = jax.nn.dot_product_attention(project("query"), project("key"), project("value"), mask=mask_Bx1xTxT)
         return nn.DenseGeneral(cfg.dim, axis=(-2, -1), dtype=cfg.dtype, name="out")(y_BxTxNxH)
 
 

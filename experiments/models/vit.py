@@ -1,7 +1,7 @@
 """Vision transformers in Flax linen (Dosovitskiy et al. 2021, arXiv:2010.11929): two front ends of one stack.
 
-`Vit` is small, for grey images, and pools by the mean of the patches; `VisionEncoder` is that of pretrained ViT and CLIP
-weights, with a class token. They know nothing of adapters.
+`Vit` is small, for grey images, and pools by the mean of the patches; `VisionEncoder` is for pretrained weights of ViT
+and CLIP, with a class token. They know nothing of adapters.
 
 Axes: B batch, S side of an image, K channels, T patches, P pixels of a patch, D width, C classes.
 """
@@ -154,7 +154,7 @@ class VisionConfig:
 
 
 class VisionEncoder(nn.Module):
-    """The encoder of ViT and CLIP: the class token and the patches, scanned blocks, a norm, and a head if there is one."""
+    """The encoder of ViT and CLIP: the class token and the patches, scanned blocks, a norm, maybe a head."""
 
     config: VisionConfig
 
@@ -164,9 +164,7 @@ class VisionEncoder(nn.Module):
         dtype = cfg.stack.dtype
         self.patches = nn.Conv(cfg.dim, side, side, "VALID", use_bias=cfg.patch_bias, dtype=dtype)
         self.class_token = self.param("class_token", nn.initializers.normal(0.02), (cfg.dim,))
-        self.positions = nn.Embed(
-            1 + cfg.patches, cfg.dim, dtype=dtype, embedding_init=nn.initializers.normal(0.02)
-        )
+        self.positions = nn.Embed(1 + cfg.patches, cfg.dim, dtype=dtype, embedding_init=nn.initializers.normal(0.02))
         self.pre_norm = norm(cfg.stack) if cfg.pre_norm else None
         self.layers = stack(cfg.stack)
         self.final_norm = norm(cfg.stack)

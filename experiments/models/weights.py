@@ -2,25 +2,23 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments.models.llama import Llama, LlamaConfig
 from experiments.models.names import ModuleName
-from lorax.quant import Format, Quantized, quantize_leaf, stack_nodes
+from experiments.models.placed import PlacedArray, Places
+from lorax.quant import Format, Quantized, quantize_leaf, shardings
 
 Formats = Mapping[str, Format]
 
 
-def leaf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the decoder, by leaf path."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    tree: Any = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
+def leaf_shapes(module: Any, *inputs: jax.ShapeDtypeStruct) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a linen module, by leaf path; `inputs` are those of its `__call__`."""
+    tree: Any = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     leaves: dict[str, Any] = flax.traverse_util.flatten_dict(tree, sep="/")
     return {path: leaf.shape for path, leaf in leaves.items()}
 
@@ -28,29 +26,31 @@ def leaf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 def fill_params(
     shapes: Mapping[str, tuple[int, ...]],
     names: Mapping[str, ModuleName],
-    tensors: Iterable[str],
-    read: Callable[[str], np.ndarray],
+    tensors: Mapping[str, Callable[[], np.ndarray]],
     *,
     dtype: Any,
     source: str,
     formats: Formats | None = None,
     redundant: Sequence[str] = (),
+    places: Places | None = None,
 ) -> dict[str, Any]:
-    """Builds the parameter tree; beside it only one tensor is held in memory at a time.
+    """Builds the parameter tree leaf by leaf; the host holds one tensor and this process's part of one leaf at a time.
 
     A leaf that is to be quantised is so layer by layer, as its tensors are read: what the parameters take in full
-    precision is never held. The nodes are those of `lorax.quantize` on the whole parameters.
+    precision is never held. The nodes are those of `lorax.quantize` on the whole parameters. With `places`, no mesh may
+    be set (`jax.set_mesh`): each process quantises on a device of its own.
 
     Args:
         shapes: shape of every leaf, by path.
         names: the row of every leaf, by path. A row with `{layer}` runs along the leaf's leading axis.
-        tensors: names of the tensors that the source holds.
-        read: returns one of them by name.
+        tensors: the tensors that the source holds, by name, each as a function that reads it.
         dtype: dtype of the parameters.
         source: what to call the source in errors.
         formats: patterns of leaf paths, matched as a whole, and the formats to store those leaves in; the first that
             matches counts.
         redundant: patterns of tensors, matched as a whole, that the source may hold and the model does without.
+        places: where each leaf lies, by its path and shape; the children of a quantised one lie as follows from it.
+            None: on the default device.
 
     Returns:
         Nested dict of arrays and quantised nodes, without the outer "params".
@@ -70,22 +70,38 @@ def fill_params(
 
         def layer(tensor: str, path: str = path, name: ModuleName = name, shape: Any = shape) -> np.ndarray:
             try:
-                return name.to_leaf(read(tensor), shape)
+                return name.to_leaf(tensors[tensor](), shape)
             except ValueError as error:
                 raise ValueError(f"{source}: {tensor} does not fill {path}: {error}") from error
 
-        if path in stored_as:
-            nodes = [_quantize(layer(tensor).astype(dtype), stored_as[path], name, path) for tensor in wanted[path]]
-            leaves[path] = stack_nodes(nodes) if name.stacked else nodes[0]
-        else:
-            leaf = np.empty(shapes[path], dtype)
-            for row, tensor in zip(leaf if name.stacked else leaf[None], wanted[path], strict=True):
-                row[...] = layer(tensor)
-            leaves[path] = jnp.asarray(leaf)
+        node = _allocate(path, shapes[path], dtype, stored_as.get(path), name, places)
+        for i, tensor in enumerate(wanted[path]):
+            weight = layer(tensor)
+            if path in stored_as:
+                weight = _quantize(weight.astype(dtype), stored_as[path], name, path)
+            row = i if name.stacked else None
+            jax.tree.map(lambda whole, piece, row=row: whole.fill(np.asarray(piece), row), node, weight)
+        leaves[path] = jax.tree.map(PlacedArray.done, node)
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def _quantize(layer: np.ndarray, format: Format, name: ModuleName, path: str) -> Quantized:
+def _allocate(
+    path: str, shape: tuple[int, ...], dtype: Any, format: Format | None, name: ModuleName, places: Places | None
+) -> Any:
+    """A leaf to fill: an array, or a quantised node of such."""
+    where = None if places is None else places(path, shape)
+    if format is None:
+        return PlacedArray(shape, dtype, where)
+    layer = _quantize(jax.ShapeDtypeStruct(shape[1:] if name.stacked else shape, dtype), format, name, path)
+    stack = lambda x: jax.ShapeDtypeStruct((*shape[:1], *x.shape) if name.stacked else x.shape, x.dtype)
+    node = jax.tree.map(stack, layer)
+    if where is None:
+        return jax.tree.map(lambda x: PlacedArray(x.shape, x.dtype), node)
+    children = shardings({path: node}, {path: where})[path]
+    return jax.tree.map(lambda x, to: PlacedArray(x.shape, x.dtype, to), node, children)
+
+
+def _quantize(layer: Any, format: Format, name: ModuleName, path: str) -> Quantized:
     axes = range(layer.ndim)
     return quantize_leaf(layer, format, fan_in=axes[: name.fan_in], fan_out=axes[name.fan_in :], path=path)
 

@@ -24,8 +24,8 @@ import lorax
 from experiments import data
 from experiments.data.batches import shuffled
 from experiments.models import sentence_encoder
-from experiments.models.bert import mean_pool
-from experiments.models.sentence_encoder import Encoder, unit_length
+from experiments.models.pooling import mean_pool, unit_length
+from experiments.models.sentence_encoder import Encoder
 from experiments.problems import cache, same_article
 from experiments.problems.places import PLACEMENTS, TARGETS
 from experiments.problems.settings import whole_number

@@ -108,12 +108,6 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(lambda x: np.asarray(together(x)), tree)
 
 
-def place(tree: Any, shardings: Any) -> Any:
-    """Put arrays that every process has, or could read, onto a mesh; each device gets its part alone."""
-    cut = lambda x, to: jax.make_array_from_callback(x.shape, to, lambda index: np.asarray(x[index]))
-    return jax.tree.map(cut, tree, shardings)
-
-
 class Shares:
     """Which rows of a batch are a process's own: those that its devices work on.
 

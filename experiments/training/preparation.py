@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import config_dict
 
 import lorax
@@ -15,8 +16,8 @@ from experiments.training import recipes, step
 MODEL_NAMES = {"smollm2": "SmolLM2-135M-Instruct"}
 
 
-def load_model(config: config_dict.ConfigDict) -> models.Model:
-    """Load the model of `config.model`, quantised on the way unless the method does that itself.
+def load_model(config: config_dict.ConfigDict, mesh: Mesh | None = None) -> models.Model:
+    """Load the model of `config.model` onto a mesh, quantised on the way unless the method does that itself.
 
     Raises:
         ValueError: if it is not there, of another architecture, or has no tokenizer.
@@ -24,7 +25,8 @@ def load_model(config: config_dict.ConfigDict) -> models.Model:
     settings = config.model
     remat = None if settings.remat == "none" else settings.remat
     formats = {} if recipes.find(config).is_quantising else recipes.formats(config)
-    model = models.load(settings.source, dtype=jnp.dtype(settings.dtype), remat=remat, formats=formats)
+    dtype = jnp.dtype(settings.dtype)
+    model = models.load(settings.source, dtype=dtype, remat=remat, formats=formats, mesh=mesh)
     if model.tokenizer is None:
         raise ValueError(
             f"config.model.source = {settings.source!r}: the model has no tokenizer, so it cannot read text; "

@@ -13,8 +13,7 @@ from ml_collections import config_dict
 from tqdm import tqdm
 
 import lorax
-from experiments import data
-from experiments.models import partition
+from experiments import data, models
 from experiments.report import page
 from experiments.training import devices, evaluation, loop, preparation, recipes, result, settings, step, subject, task
 from experiments.training.evaluation import Evaluator
@@ -53,8 +52,10 @@ def finetune(config: config_dict.ConfigDict, *, command: str, stop: StopSignals)
             model = preparation.model_name(config.model)
             directory.write("environment.json", environment(config, command=command, model=model))
             try:
+                started = time.perf_counter()
+                samples, model = task.load(config), preparation.load_model(config, mesh)
                 with jax.set_mesh(mesh):
-                    outcome = _run(config, directory, mesh, stop)
+                    outcome = _run(config, directory, mesh, stop, samples, model, started)
             except loop.NonFiniteLossError as error:
                 directory.write("result.json", {"status": f"stopped: step {error.step} was not finite"})
                 devices.from_main(lambda: str(page.write(directory.path)))
@@ -64,15 +65,19 @@ def finetune(config: config_dict.ConfigDict, *, command: str, stop: StopSignals)
     return outcome
 
 
-def _run(config: config_dict.ConfigDict, directory: RunDirectory, mesh: Mesh, stop: StopSignals) -> dict[str, Any]:
-    started = time.perf_counter()
-    samples = task.load(config)
-    model = preparation.load_model(config)
+def _run(
+    config: config_dict.ConfigDict,
+    directory: RunDirectory,
+    mesh: Mesh,
+    stop: StopSignals,
+    samples: task.Task,
+    model: models.Model,
+    started: float,
+) -> dict[str, Any]:
     tokenizer = model.tokenizer
     assert tokenizer is not None  # load_model
-    # the model keeps none, since a method may quantise them
-    params = devices.place(model.params, partition.shardings(model.params, mesh))
-    model = dataclasses.replace(model, params={})
+    # the model keeps no parameters, since a method may quantise them
+    params, model = model.params, dataclasses.replace(model, params={})
     layout = preparation.batch_layout(config)
     placeholders = recipes.placeholders(config, model.config.vocab_size)
     encoded = data.encode_samples(

@@ -1,5 +1,6 @@
 """Loading from Hugging Face directories and GGUF files."""
 
+import functools
 import importlib.util
 import json
 import pathlib
@@ -239,7 +240,8 @@ def test_any_table_of_names_fills_a_tree():
         "norm/scale": ModuleName(module="norm", kind="norm"),
     }
     shapes = {"blocks/proj/kernel": (2, 5, 2, 3), "blocks/proj/bias": (2, 2, 3), "norm/scale": (5,)}
-    table, how = (shapes, names, stored, stored.__getitem__), {"dtype": jnp.float32, "source": "here"}
+    tensors = {name: functools.partial(stored.__getitem__, name) for name in stored}
+    table, how = (shapes, names, tensors), {"dtype": jnp.float32, "source": "here"}
     with pytest.raises(ValueError, match=r"no place.*left\.behind"):
         weights.fill_params(*table, **how)
     filled = weights.fill_params(*table, **how, redundant=[r"h\.\d+\.left\..*"])

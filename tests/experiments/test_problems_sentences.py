@@ -13,7 +13,7 @@ from ml_collections import config_dict
 import lorax
 from experiments import data, problems
 from experiments.models import sentence_encoder
-from experiments.models.bert import mean_pool
+from experiments.models.pooling import mean_pool, unit_length
 from experiments.problems import same_article, sentences
 from tests.experiments import tiny_encoder
 
@@ -160,7 +160,7 @@ def test_placeholders_keep_positions_and_stay_out_of_the_mean(problem, encoder):
     hidden = encoder.apply(
         encoder.params, batch["tokens"], batch["mask"], positions=jnp.array([6, 7, 0, 1, 2, 3, 4, 5])
     )
-    pooled = sentence_encoder.unit_length(mean_pool(hidden[:, 2:], batch["mask"][:, 2:])) * np.sqrt(8)
+    pooled = unit_length(mean_pool(hidden[:, 2:], batch["mask"][:, 2:])) * np.sqrt(8)
     want = pooled @ params["classifier"]["kernel"] + params["classifier"]["bias"]
     np.testing.assert_allclose(fn(params, batch), want, atol=SAME_TOL)
     assert np.abs(want - plain).max() > 100 * SAME_TOL
