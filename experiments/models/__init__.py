@@ -108,6 +108,7 @@ def load(
     *,
     dtype: Any = jnp.float32,
     remat: str | None = None,
+    attention: str = "plain",
     formats: Formats | None = None,
     mesh: Mesh | None = None,
 ) -> Model:
@@ -118,6 +119,7 @@ def load(
             with config.json and safetensors.
         dtype: dtype of the parameters and of the computation.
         remat: what to recompute in the backward pass, see `LlamaConfig`.
+        attention: "plain" or "flash", see `LlamaConfig`.
         formats: `{pattern of leaf paths: format}`: linear layers to quantise while loading, so that their full
             precision never has to fit. The functions of the model then go through `lorax.adapt`.
         mesh: with the axes of `partition.AXES`, over which each leaf is split as it is read: every process holds the
@@ -129,13 +131,14 @@ def load(
     """
     path = gguf_file.find_in_wheel(*_WHEELS[str(source)]) if str(source) in _WHEELS else pathlib.Path(source)
     dtype, places = jnp.dtype(dtype), mesh and partition.places(mesh)
+    how = {"dtype": dtype, "remat": remat, "attention": attention}
     if path.is_dir():
-        config = dataclasses.replace(hf_config.read_config(path), dtype=dtype, remat=remat)
+        config = dataclasses.replace(hf_config.read_config(path), **how)
         params = hf_directory.read_params(path, config, dtype, formats, places)
         tokenizer = hf_directory.read_tokenizer(path)
     elif path.suffix == ".gguf":
         reader = gguf_file.open_reader(path)
-        config = dataclasses.replace(gguf_file.read_config(reader), dtype=dtype, remat=remat)
+        config = dataclasses.replace(gguf_file.read_config(reader), **how)
         params = gguf_file.read_params(reader, config, dtype, str(path), formats, places)
         tokenizer = gguf_file.read_tokenizer(reader)
     else:

@@ -4,13 +4,17 @@ Axes: B batch, T query tokens, S key slots, N query heads, K key/value heads, G 
 joined, H head width, F rows of rotary frequencies, C queries in a block.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from experiments.models.partition import over_rows_and_heads
+
 # Written into masked scores. Finite, so that a row with nothing to attend to (padding) gives no NaN.
 _MASKED = -1e30
+# In order of preference: of TPUs or Hopper GPUs, of other GPUs, of any device.
+_KERNELS = ("mosaic", "triton", "xla_chunked")
 
 
 class Tokens(NamedTuple):
@@ -104,3 +108,41 @@ def attend(
     weights_BxKxGTxS = weights_BxKxGxTxS.reshape(B, K, G * T, S)
     y_BxKxGTxH = jnp.einsum("bkms,bksh->bkmh", weights_BxKxGTxS, v_BxSxKxH.swapaxes(1, 2))
     return y_BxKxGTxH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def attend_flash(
+    q_BxTxNxH: jax.Array,
+    k_BxSxKxH: jax.Array,
+    v_BxSxKxH: jax.Array,
+    mask_BxTxS: jax.Array,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
+    """What `attend` returns, without ever holding all scores: the first of tokamax's kernels that the device runs.
+
+    On a mesh each device attends for its own rows and heads.
+
+    Raises:
+        ValueError: if tokamax is not installed.
+    """
+    tokamax = _tokamax()
+
+    def attend_all(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        return tokamax.dot_product_attention(
+            q, k, v, mask=mask[:, None], scale=scale, logits_soft_cap=cap, implementation=_KERNELS
+        )
+
+    mask_BxTxS = jnp.broadcast_to(mask_BxTxS, (len(q_BxTxNxH), *mask_BxTxS.shape[1:]))
+    return over_rows_and_heads(attend_all)(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask_BxTxS)
+
+
+def _tokamax() -> Any:
+    try:
+        import tokamax
+        from absl import flags
+    except ImportError as error:
+        raise ValueError("attention='flash' needs tokamax; run: pip install 'lorax-flax[flash]'") from error
+    if not flags.FLAGS.is_parsed():  # it would take the command line of whatever program this is for its own
+        flags.FLAGS.mark_as_parsed()
+    return tokamax

@@ -48,7 +48,8 @@ class LlamaConfig:
         dtype: dtype of the computation; norms, softmax and logits are float32 in any case.
         remat: activations to recompute in the backward pass. None keeps all, "full" keeps only each block's
             input, "dots" keeps the products, "dots_no_batch" the products with weights but not the scores.
-        attention: "plain" holds the scores of all queries at once, "flash" those of a block of them.
+        attention: of whole sequences: "plain" holds the scores of all queries at once, "flash" those of a block of
+            them, by the best kernel that tokamax has for the device (on a CPU a loop over blocks).
     """
 
     vocab_size: int

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.models.attention import Tokens, attend, rotary_tables, rotate, soft_cap, visible, within
+from experiments.models.attention import Tokens, attend, attend_flash, rotary_tables, rotate, soft_cap, visible, within
 from experiments.models.decoder_config import REMAT_POLICIES, LlamaConfig
 from experiments.models.partition import by_rows
 from experiments.models.weights import leaf_shapes
@@ -82,7 +82,9 @@ class Attention(nn.Module):
         mask = view.mask
         if "window" in layer:
             mask = mask & within(layer["window"], view.queries, view.keys)
-        y = attend(query, seen["key"], seen["value"], mask, scale=cfg.query_scale, cap=cfg.attn_softcap)
+        # Of a cache few queries look at once.
+        kind = attend_flash if cfg.attention == "flash" and cache is None else attend
+        y = kind(query, seen["key"], seen["value"], mask, scale=cfg.query_scale, cap=cfg.attn_softcap)
         return _dense(cfg.dim, (-2, -1), cfg, "out")(y), None if cache is None else new
 
 

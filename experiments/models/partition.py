@@ -7,12 +7,12 @@ the weights also works on a part of the batch. The models know nothing of adapte
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 import lorax
 
@@ -66,9 +66,37 @@ def whole(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, jax.P()) if is_set else x
 
 
+def over_rows_and_heads(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Let every device compute its own rows and heads, where a mesh was set: for kernels that XLA cannot split.
+
+    Args:
+        fn: of arrays B x T x heads x width, of which the last argument has no heads (B x T x S), to one of the former.
+            Rows and heads are computed by themselves.
+    """
+
+    def split(*arrays: jax.Array) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        rows = ROWS if _divides(mesh, ROWS, [len(x) for x in arrays]) else None
+        heads = "tensor" if _divides(mesh, ("tensor",), [x.shape[2] for x in arrays[:-1]]) else None
+        if rows is None and heads is None:
+            return fn(*arrays)
+        specs = (*[jax.P(rows, None, heads)] * (len(arrays) - 1), jax.P(rows))
+        return jax.shard_map(fn, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+    return split
+
+
+def _divides(mesh: AbstractMesh, names: tuple[str, ...], sizes: Sequence[int]) -> bool:
+    """Whether the mesh has these axes, and their devices divide all sizes."""
+    if not set(names) <= set(mesh.axis_names):
+        return False
+    devices = math.prod(mesh.shape[name] for name in names)
+    return all(size % devices == 0 for size in sizes)
+
+
 def by_rows(x: jax.Array) -> jax.Array:
     """Keep an activation split by rows, its first axis, where a mesh was set with `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
-    if not set(ROWS) <= set(mesh.axis_names) or x.shape[0] % math.prod(mesh.shape[name] for name in ROWS):
+    if not _divides(mesh, ROWS, [len(x)]):
         return x
     return jax.lax.with_sharding_constraint(x, jax.P(ROWS))

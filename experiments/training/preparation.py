@@ -26,7 +26,9 @@ def load_model(config: config_dict.ConfigDict, mesh: Mesh | None = None) -> mode
     remat = None if settings.remat == "none" else settings.remat
     formats = {} if recipes.find(config).is_quantising else recipes.formats(config)
     dtype = jnp.dtype(settings.dtype)
-    model = models.load(settings.source, dtype=dtype, remat=remat, formats=formats, mesh=mesh)
+    model = models.load(
+        settings.source, dtype=dtype, remat=remat, attention=settings.attention, formats=formats, mesh=mesh
+    )
     if model.tokenizer is None:
         raise ValueError(
             f"config.model.source = {settings.source!r}: the model has no tokenizer, so it cannot read text; "

@@ -86,7 +86,7 @@ def _run(
     batches = data.Batches(encoded.examples, layout, seed=config.seed, pad_id=tokenizer.pad_id)
     facts = samples.facts | _describe_training_data(encoded, layout)
 
-    loss = step.summed_loss(model)
+    loss = step.summed_loss(model, config.train.loss_chunk)
     example = next(batches.one_epoch())
     params, adapter = preparation.adapt(config, loss, params, batches.one_epoch())
     directory.write("sites.json", {"sites": preparation.describe_sites(loss, params, adapter, example)})

@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import config_dict
 
 EVERY_LINEAR = (r"layers/attn/(query|key|value|out)/kernel", r"layers/mlp/(gate|up|down)/kernel")
+ATTENTION = ("plain", "flash")
 REMAT = ("none", "full", "dots", "dots_no_batch")
 QUANTIZE = ("none", "nf4", "fp4", "int8", "int4")
 QUERY_VALUE = (r"layers/attn/(query|value)/kernel",)
@@ -32,6 +33,7 @@ def defaults() -> config_dict.ConfigDict:
                 "source": "smollm2",  # "smollm2", a .gguf file, or a Hugging Face directory
                 "dtype": "float32",  # of the frozen parameters and the activations: float32 or bfloat16
                 "remat": "none",  # what the backward pass recomputes: none, full, dots or dots_no_batch
+                "attention": "plain",  # plain: all scores of a row at once; flash: a block of them, by tokamax
                 "quantize": "none",  # the frozen linear layers, while loading: none, nf4, fp4, int8 or int4
                 "double_quantization": True,  # nf4 and fp4: their scales in eight bits too
             },
@@ -77,6 +79,7 @@ def defaults() -> config_dict.ConfigDict:
                 "steps": 100,  # optimiser updates
                 "rows": 8,  # rows in one update
                 "accumulate": 1,  # parts of an update's rows that are gone through one by one, to save memory
+                "loss_chunk": 0,  # answer tokens of a row whose logits are there at a time, to save memory; 0: all
                 "learning_rate": 1e-3,  # at the end of the warm-up
                 "final_learning_rate": 0.0,  # at the end of the cosine
                 "warmup_steps": 10,
@@ -163,6 +166,7 @@ def check(config: config_dict.ConfigDict) -> None:
     for name in ("model.dtype", "lora.dtype"):
         want(name, given[name] in ("float32", "bfloat16"), "float32 or bfloat16")
     want("model.remat", given["model.remat"] in REMAT, " or ".join(REMAT))
+    want("model.attention", given["model.attention"] in ATTENTION, " or ".join(ATTENTION))
     want("model.quantize", given["model.quantize"] in QUANTIZE, " or ".join(QUANTIZE))
     want("data.batching", given["data.batching"] in ("packed", "bucketed"), "packed or bucketed")
     want("data.held_out_fraction", 0 < given["data.held_out_fraction"] < 1, "a fraction between 0 and 1")
@@ -176,7 +180,10 @@ def check(config: config_dict.ConfigDict) -> None:
         want(name, given[name] >= 1, "at least 1")
     for name in ("adalora.warmup_steps", "adalora.final_steps"):
         want(name, given[name] >= -1, "0 or more, or -1 for a part of train.steps")
-    not_negative = "train.warmup_steps adalora.target_rank evaluation.examples evaluation.every evaluation.samples"
+    not_negative = (
+        "train.warmup_steps train.loss_chunk adalora.target_rank evaluation.examples evaluation.every "
+        "evaluation.samples"
+    )
     for name in not_negative.split():
         want(name, given[name] >= 0, "0 or more")
     for name in ("train.learning_rate", "train.clip_norm"):

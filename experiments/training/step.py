@@ -21,11 +21,16 @@ LossFn = Callable[[Any, dict[str, Any]], jax.Array]
 MODEL_INPUTS = ("tokens", "positions", "segment_ids", "loss_positions", "loss_targets", "loss_weights")
 
 
-def summed_loss(model: Model) -> LossFn:
+def summed_loss(model: Model, chunk: int = 0) -> LossFn:
     """Return `(params, batch) -> summed loss`: the cross-entropy of the answer tokens, in nats, float32.
 
     Logits are computed at the K loss positions of a row only: an answer is a few tokens of a long row, and
     the head is the widest product of a small model.
+
+    Args:
+        model: the decoder.
+        chunk: of how many loss positions of a row there are logits at a time, forward and backward, where each is
+            computed again; 0: of all.
     """
 
     def loss(params: Any, batch: dict[str, Any]) -> jax.Array:
@@ -36,11 +41,38 @@ def summed_loss(model: Model) -> LossFn:
             segment_ids=batch["segment_ids"],
             logits=False,
         )
-        logits_BxKxV = model.unembed(params, gather_loss_positions(hidden_BxTxD, batch["loss_positions"]))
-        nats_BxK = optax.softmax_cross_entropy_with_integer_labels(logits_BxKxV, batch["loss_targets"])
-        return jnp.sum(nats_BxK * batch["loss_weights"])
+
+        def summed(hidden_BxKxD: jax.Array, targets_BxK: jax.Array, weights_BxK: jax.Array) -> jax.Array:
+            logits_BxKxV = model.unembed(params, hidden_BxKxD)
+            nats_BxK = optax.softmax_cross_entropy_with_integer_labels(logits_BxKxV, targets_BxK)
+            return jnp.sum(nats_BxK * weights_BxK)
+
+        hidden_BxKxD = gather_loss_positions(hidden_BxTxD, batch["loss_positions"])
+        return sum_in_chunks(summed, chunk, hidden_BxKxD, batch["loss_targets"], batch["loss_weights"])
 
     return loss
+
+
+def sum_in_chunks(summed: Callable[..., jax.Array], size: int, *arrays_BxK: jax.Array) -> jax.Array:
+    """Return `summed(*arrays_BxK)`, a chunk of `size` along the second axis at a time; size 0: all at once.
+
+    What `summed` computes of a chunk is computed again in the backward pass, instead of being kept. The last chunk is
+    filled up with zeros, of which `summed` has to be 0.
+    """
+    K = arrays_BxK[0].shape[1]
+    if not 0 < size < K:
+        return summed(*arrays_BxK)
+    chunks = -(-K // size)
+
+    def cut(x_BxK: jax.Array) -> jax.Array:
+        filled = jnp.pad(x_BxK, [(0, chunks * size - K if axis == 1 else 0) for axis in range(x_BxK.ndim)])
+        return jnp.moveaxis(filled.reshape(len(x_BxK), chunks, size, *x_BxK.shape[2:]), 1, 0)
+
+    def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        return total + summed(*chunk), None
+
+    step = jax.checkpoint(add, prevent_cse=False)  # pyright: ignore[reportPrivateImportUsage]
+    return jax.lax.scan(step, jnp.float32(0), tuple(map(cut, arrays_BxK)))[0]
 
 
 class TrainState(NamedTuple):
