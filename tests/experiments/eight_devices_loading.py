@@ -3,6 +3,7 @@
 With `PORT PROCESS` behind it, it is one of two processes with a few devices each. Prints a line for each check.
 """
 
+import contextlib
 import pathlib
 import sys
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+import lorax
 from experiments import models
 from experiments.models import partition, placed, weights
 from lorax.quant import NF4
@@ -66,6 +68,28 @@ def check_quantised() -> None:
     print("ok quantised")
 
 
+def check_flash() -> None:
+    """Attention by a kernel that XLA does not split, on a mesh: each device its rows and heads."""
+    to, folder = mesh(data=2, fsdp=2, tensor=2), GOLDEN / "decoders" / "gemma2"
+    tokens = np.random.default_rng(0).integers(3, 64, (8, 20))
+    segments = np.repeat([[1, 2]], 10, axis=1).repeat(8, axis=0)
+
+    def loss_and_gradient(attention: str, on: Mesh | None) -> Any:
+        model = models.load(folder, attention=attention, mesh=on)
+        loss = lambda params: jnp.sum(jnp.sin(model.apply(params, tokens, segment_ids=segments)))
+        sites = lorax.trace(loss, model.params)
+        adapter = lorax.init(jax.random.key(0), lorax.Spec({".*kernel": lorax.LoRA(rank=2)}), sites, model.params)
+        start = jax.tree.map(lambda x: x + 0.05, adapter.params)
+        with jax.set_mesh(on) if on else contextlib.nullcontext():
+            adapted = lambda params, base: lorax.adapt(loss)(base, adapter.replace(params=params))
+            return jax.jit(jax.value_and_grad(adapted))(start, model.params)
+
+    want, got = loss_and_gradient("plain", None), loss_and_gradient("flash", to)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), got[1], want[1])
+    print("ok flash")
+
+
 class Counted(placed.PlacedArray):
     """Keeps how many bytes a process allocated for each array."""
 
@@ -97,3 +121,4 @@ if __name__ == "__main__":
     else:
         check_directories()
         check_quantised()
+        check_flash()

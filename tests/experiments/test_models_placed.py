@@ -27,7 +27,7 @@ def printed(process: subprocess.Popen) -> str:
 
 
 def test_every_device_gets_its_part_of_the_same_values():
-    assert printed(start(8)) == "ok directories\nok quantised\n"
+    assert printed(start(8)) == "ok directories\nok quantised\nok flash\n"
 
 
 def test_a_process_holds_what_its_devices_hold():
