@@ -71,6 +71,18 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+@jax.custom_jvp
+def softmax(x_xS: jax.Array) -> jax.Array:
+    """The softmax over the last axis; a backward pass reads its result alone, and not also the exponentials."""
+    return jax.nn.softmax(x_xS, axis=-1)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    y_xS, (dx_xS,) = softmax(*primals), tangents
+    return y_xS, y_xS * (dx_xS - jnp.sum(y_xS * dx_xS, axis=-1, keepdims=True))
+
+
 def attend(
     q_BxTxNxH: jax.Array,
     k_BxSxKxH: jax.Array,
@@ -104,8 +116,9 @@ def attend(
     scores_BxKxGTxS = jnp.einsum("bkmh,bksh->bkms", q_BxKxGTxH, k_BxSxKxH.swapaxes(1, 2))
     scores_BxKxGxTxS = soft_cap(scores_BxKxGTxS.reshape(B, K, G, T, S).astype(jnp.float32), cap)
     scores_BxKxGxTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxKxGxTxS, _MASKED)
-    weights_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1).astype(v_BxSxKxH.dtype)
-    weights_BxKxGTxS = weights_BxKxGxTxS.reshape(B, K, G * T, S)
+    # In the shape that the product below takes, so that the backward passes of both read one array.
+    scores_BxKxGTxS = scores_BxKxGxTxS.reshape(B, K, G * T, S)
+    weights_BxKxGTxS = softmax(scores_BxKxGTxS).astype(v_BxSxKxH.dtype)
     y_BxKxGTxH = jnp.einsum("bkms,bksh->bkmh", weights_BxKxGTxS, v_BxSxKxH.swapaxes(1, 2))
     return y_BxKxGTxH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 

@@ -9,7 +9,7 @@ head, GT the two joined, H head width, F feed-forward width, V vocabulary, L lay
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -99,10 +99,23 @@ class MLP(nn.Module):
         cfg = self.config
         gate_BxTxF = _dense(cfg.ffn_dim, -1, cfg, "gate")(x_BxTxD)
         up_BxTxF = _dense(cfg.ffn_dim, -1, cfg, "up")(x_BxTxD)
-        return _dense(cfg.dim, -1, cfg, "down")(_ACTIVATIONS[cfg.activation](gate_BxTxF) * up_BxTxF)
+        return _dense(cfg.dim, -1, cfg, "down")(_gated(cfg.activation, gate_BxTxF, up_BxTxF))
 
 
 _ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gated(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`activation(gate) · up`, of which a backward pass reads two arrays: what each of the two is multiplied with."""
+    return _ACTIVATIONS[activation](gate) * up
+
+
+@_gated.defjvp
+def _gated_jvp(activation: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (gate, up), (dgate, dup) = primals, tangents
+    active, slope = jax.jvp(_ACTIVATIONS[activation], (gate,), (jnp.ones_like(gate),))
+    return active * up, active * dup + (slope * up) * dgate
 
 
 def _dense(
