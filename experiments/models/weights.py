@@ -74,31 +74,47 @@ def fill_params(
             except ValueError as error:
                 raise ValueError(f"{source}: {tensor} does not fill {path}: {error}") from error
 
-        node = _allocate(path, shapes[path], dtype, stored_as.get(path), name, places)
+        leaf = _abstract(path, shapes[path], dtype, stored_as.get(path), name, places)
+        leaf = jax.tree.map(lambda x: PlacedArray(x.shape, x.dtype, x.sharding), leaf)
         for i, tensor in enumerate(wanted[path]):
             weight = layer(tensor)
             if path in stored_as:
                 weight = _quantize(weight.astype(dtype), stored_as[path], name, path)
             row = i if name.stacked else None
-            jax.tree.map(lambda whole, piece, row=row: whole.fill(np.asarray(piece), row), node, weight)
-        leaves[path] = jax.tree.map(PlacedArray.done, node)
+            jax.tree.map(lambda whole, piece, row=row: whole.fill(np.asarray(piece), row), leaf, weight)
+        leaves[path] = jax.tree.map(PlacedArray.done, leaf)
     return flax.traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def _allocate(
+def abstract_params(
+    shapes: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, ModuleName],
+    *,
+    dtype: Any,
+    formats: Formats | None = None,
+    places: Places | None = None,
+) -> dict[str, Any]:
+    """Returns what `fill_params` does, as `jax.ShapeDtypeStruct`s that know where they lie; it reads nothing."""
+    stored_as = _resolve(formats or {}, names)
+    leaves = {
+        path: _abstract(path, shape, dtype, stored_as.get(path), names[path], places) for path, shape in shapes.items()
+    }
+    return flax.traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def _abstract(
     path: str, shape: tuple[int, ...], dtype: Any, format: Format | None, name: ModuleName, places: Places | None
 ) -> Any:
-    """A leaf to fill: an array, or a quantised node of such."""
     where = None if places is None else places(path, shape)
     if format is None:
-        return PlacedArray(shape, dtype, where)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
     layer = _quantize(jax.ShapeDtypeStruct(shape[1:] if name.stacked else shape, dtype), format, name, path)
     stack = lambda x: jax.ShapeDtypeStruct((*shape[:1], *x.shape) if name.stacked else x.shape, x.dtype)
     node = jax.tree.map(stack, layer)
     if where is None:
-        return jax.tree.map(lambda x: PlacedArray(x.shape, x.dtype), node)
+        return node
     children = shardings({path: node}, {path: where})[path]
-    return jax.tree.map(lambda x, to: PlacedArray(x.shape, x.dtype, to), node, children)
+    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), node, children)
 
 
 def _quantize(layer: Any, format: Format, name: ModuleName, path: str) -> Quantized:

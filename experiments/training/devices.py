@@ -79,14 +79,15 @@ def from_main(make: Callable[[], T]) -> T:
     return told["value"]
 
 
-def mesh(settings: config_dict.ConfigDict) -> Mesh:
-    """Return the mesh of `config.mesh` over the devices of all processes.
+def mesh(settings: config_dict.ConfigDict, over: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return the mesh of `config.mesh` over the devices of all processes, or over others.
 
     Raises:
         ValueError: if the axes do not multiply to the number of devices.
     """
     sizes = [settings[name] for name in partition.AXES]
-    count = jax.device_count()
+    over = jax.devices() if over is None else over
+    count = len(over)
     others = math.prod(size for size in sizes if size)
     if sizes.count(0) > 1 or min(sizes) < 0 or count % others or (0 not in sizes and others != count):
         raise ValueError(
@@ -94,7 +95,7 @@ def mesh(settings: config_dict.ConfigDict) -> Mesh:
             f"{count} devices there are; 0, once at most, is what is left of them"
         )
     shape = tuple(size or count // others for size in sizes)
-    return jax.make_mesh(shape, partition.AXES, axis_types=(AxisType.Auto,) * len(shape))
+    return jax.make_mesh(shape, partition.AXES, axis_types=(AxisType.Auto,) * len(shape), devices=over)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -108,6 +109,11 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(lambda x: np.asarray(together(x)), tree)
 
 
+def parts_sharding(mesh: Mesh) -> NamedSharding:
+    """Return where the arrays of a batch lie, with the axes part, row of the part, and others."""
+    return NamedSharding(mesh, jax.P(None, partition.ROWS))
+
+
 class Shares:
     """Which rows of a batch are a process's own: those that its devices work on.
 
@@ -118,7 +124,7 @@ class Shares:
 
     def __init__(self, mesh: Mesh, parts: int):
         """Keep the sharding of arrays with the axes part, row of the part, and others."""
-        self._sharding, self._parts = NamedSharding(mesh, jax.P(None, partition.ROWS)), parts
+        self._sharding, self._parts = parts_sharding(mesh), parts
         self._ways = math.prod(mesh.shape[name] for name in partition.ROWS)
 
     def rows(self, count: int) -> list[int]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import lorax
 from experiments.data import Batches
-from experiments.training import devices, optimiser, recipes, step
+from experiments.training import devices, optimiser, step, update
 from experiments.training.metrics import MetricsLog, NoLog
 from experiments.training.run_directory import RunDirectory
 from experiments.training.stopping import Stopped, StopSignals
@@ -126,19 +126,8 @@ class _Run:
         self.config, self.params, self.batches, self.watch = config, params, batches, watch
         # as a table, because what is computed on the device during an update waits for it
         self.learning_rates = np.asarray(optimiser.schedule(config.train)(jnp.arange(config.train.steps)))
-        recipe = recipes.find(config)
-        transformation = recipe.optimiser(config, adapter, optimiser.rates(config.train))
-        where = lorax.shardings(params, adapter)
+        self.update, transformation, (where, of_state, everywhere) = update.build(config, params, adapter, loss, mesh)
         adapter = jax.device_put(adapter, where)
-        kind = "pinned_host" if config.train.offload else None
-        of_state = lorax.optim.shardings(
-            jax.eval_shape(transformation.init, adapter.params), adapter, where, memory_kind=kind
-        )
-        everywhere = devices.replicated(mesh)
-        places = step.TrainState(where, of_state, everywhere)
-        self.update = step.train_step(
-            loss, transformation, offload=config.train.offload, terms=recipe.terms, places=places
-        )
         self.rng = jax.device_put(jax.random.key(config.seed), everywhere)
         self.shares = devices.Shares(mesh, config.train.accumulate)
         self.is_told_to_stop = False

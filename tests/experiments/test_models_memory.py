@@ -11,7 +11,6 @@ import pytest
 import lorax
 from experiments import models
 from experiments.models.decoder_config import LlamaConfig
-from experiments.models.llama import param_shapes
 from experiments.training import step
 from tests.experiments.test_models_families import FAMILIES, GOLDEN, logits, reference
 
@@ -68,21 +67,9 @@ def test_a_chunked_loss_has_the_same_value_and_gradient(family):
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want[1])) > 0.1
 
 
-def abstract(config: LlamaConfig) -> models.Model:
-    flat = {path: jax.ShapeDtypeStruct(shape, config.dtype) for path, shape in param_shapes(config).items()}
-    params: dict = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        folder = params
-        for parent in parents:
-            folder = folder.setdefault(parent, {})
-        folder[last] = leaf
-    return models.Model(config=config, params=params)
-
-
 def compiled(config: LlamaConfig, chunk: int, answers: int):
     """The gradient of an adapter's loss over one long row, compiled from shapes alone."""
-    model = abstract(config)
+    model = models.abstract(config)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch_of(1, LONG, answers, VOCABULARY))
     loss = step.summed_loss(model, chunk)
     sites = lorax.trace(loss, model.params, batch)

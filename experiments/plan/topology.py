@@ -1,0 +1,45 @@
+"""The devices that a plan is for: those here, or TPUs that are not."""
+
+import os
+from collections.abc import Sequence
+
+import jax
+
+# What libtpu asks its surroundings for, on a machine without a TPU.
+_NO_TPU = {
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+}
+EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:16x16"
+
+
+def devices(name: str) -> Sequence[jax.Device]:
+    """Returns the devices of a topology.
+
+    Args:
+        name: "local" for those of this machine, or a kind of TPU and how its chips are arranged, such as "v5e:4x4". On a
+            machine without TPUs they can be compiled for, but not run on.
+
+    Raises:
+        ValueError: if there is no such topology, or libtpu is not installed.
+    """
+    if name == "local":
+        return jax.devices()
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"--topology={name} needs TPU's compiler; run: pip install 'lorax-flax[tpu-plan]'"
+        ) from error
+    from jax.experimental import topologies
+
+    for key, value in _NO_TPU.items():
+        os.environ.setdefault(key, value)
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"--topology={name}: wanted local or such as {EXAMPLES}. {error}") from error
