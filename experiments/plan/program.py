@@ -14,6 +14,7 @@ from ml_collections import config_dict
 
 import lorax
 from experiments import models
+from experiments.bench.worker_settings import SHAPES
 from experiments.models.llama import LlamaConfig
 from experiments.plan import chips, hlo
 from experiments.training import devices, recipes, settings, step, update
@@ -113,6 +114,22 @@ def plan(
     return Plan(**parts, **about, temporaries=temporaries, peak=held + temporaries, costs=costs)
 
 
+def by_size(name: str) -> LlamaConfig:
+    """Returns a decoder by its name in `experiments.bench.worker_settings.SHAPES`."""
+    sizes = SHAPES[name]
+    return LlamaConfig(
+        vocab_size=sizes["vocabulary"],
+        layers=sizes["layers"],
+        dim=sizes["dim"],
+        heads=sizes["heads"],
+        kv_heads=sizes["kv_heads"],
+        head_dim=sizes["dim"] // sizes["heads"],
+        ffn_dim=sizes["ffn"],
+        max_positions=2**17,
+        tied=sizes["tied"],
+    )
+
+
 class Program:
     """The step and the shapes of what it is given, which lie on a mesh.
 
@@ -176,7 +193,9 @@ class Program:
         adapted = lorax.adapt(self._loss)
 
         def kept(params: Any, adapter: lorax.Adapter, part: Any) -> Any:
-            _, backward = jax.vjp(lambda trained: adapted(params, adapter.replace(params=trained), part), adapter.params)
+            _, backward = jax.vjp(
+                lambda trained: adapted(params, adapter.replace(params=trained), part), adapter.params
+            )
             return jax.tree.leaves(backward)
 
         with jax.set_mesh(self.mesh):

@@ -21,8 +21,8 @@ def devices(name: str) -> Sequence[jax.Device]:
     """Returns the devices of a topology.
 
     Args:
-        name: "local" for those of this machine, or a kind of TPU and how its chips are arranged, such as "v5e:4x4". On a
-            machine without TPUs they can be compiled for, but not run on.
+        name: "local" for those of this machine, or a kind of TPU and how its chips are arranged, such as "v5e:4x4",
+            which on a machine without TPUs can be compiled for, but not run on.
 
     Raises:
         ValueError: if there is no such topology, or libtpu is not installed.
@@ -32,9 +32,7 @@ def devices(name: str) -> Sequence[jax.Device]:
     try:
         import libtpu  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            f"--topology={name} needs TPU's compiler; run: pip install 'lorax-flax[tpu-plan]'"
-        ) from error
+        raise ValueError(f"--topology={name} needs TPU's compiler; run: pip install 'lorax-flax[tpu-plan]'") from error
     from jax.experimental import topologies
 
     for key, value in _NO_TPU.items():
