@@ -146,7 +146,7 @@ def test_a_plan_of_what_is_held():
     quantised = program.plan(configured(**{"model.quantize": "nf4"}), jax.devices(), shape=shape)
     assert planned.base / 3 < quantised.base < planned.base
     halved = program.plan(configured(**{"train.accumulate": 2}), jax.devices(), shape=shape)
-    assert halved.activations == planned.activations / 2
+    assert halved.activations == pytest.approx(planned.activations / 2, rel=1e-3)
     assert halved.costs.flops == pytest.approx(planned.costs.flops, rel=0.01)
 
 
