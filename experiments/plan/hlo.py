@@ -71,7 +71,10 @@ class Instruction:
     @property
     def called(self) -> list[str]:
         """Computations that it names, but for the reductions' own."""
-        single = re.findall(r"(?:calls|body|condition|true_computation|false_computation)=%?([\w.-]+)", self.rest)
+        names = "calls|body|condition|true_computation|false_computation" + (
+            "|to_apply" if self.opcode == "call" else ""
+        )
+        single = re.findall(rf"(?:{names})=%?([\w.-]+)", self.rest)
         several = re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", self.rest)
         return [*single, *(name for group in several for name in _NAME.findall(group))]
 
