@@ -15,8 +15,8 @@ NAMES = {
     "AdaLoRA", "Adapter", "Bottleneck", "DoRA", "FP4", "Full", "IA3", "Int4", "Int8", "LoHa", "LoKr", "LoRA", "LoRAFA",
     "Method", "NF4", "Prefix", "Prompt", "Site", "Sites", "Spec", "TrainableTokens", "VeRA", "adapt", "analysis",
     "checkpoint", "dequantize", "eva", "explain", "init", "join", "labels", "loftq", "mask", "merge", "merge_quantized",
-    "optim", "peft", "prefix_from", "quantize", "register", "restore", "save", "select", "split", "stack", "trace",
-    "unmerge", "unstack", "__version__",
+    "optim", "peft", "prefix_from", "quantize", "register", "restore", "save", "select", "shardings", "split", "stack",
+    "trace", "unmerge", "unstack", "__version__",
 }  # fmt: skip
 LOW_RANK = "rank=8, alpha=None, rank_stabilized=False, dropout=0.0, dtype='float32', initializer='uniform'"
 
@@ -65,6 +65,9 @@ SIGNATURES = {
     ),
     "optim.live_ranks": "(adapter)",
     "optim.stacked": "(make, stack, **settings)",
+    "shardings": "(params, adapter, *, members=None)",
+    "optim.shardings": "(opt_state, adapter, where, *, memory_kind=None)",
+    "quant.shardings": "(params, where)",
     "stack": "(adapters)",
     "unstack": "(adapter)",
     "select": "(adapter, index)",
