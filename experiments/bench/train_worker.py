@@ -5,6 +5,7 @@ Prints a line of JSON when it is ready and after each line that it reads: `step`
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import sys
@@ -18,7 +19,8 @@ import jax.numpy as jnp
 import optax
 
 import lorax
-from experiments.bench.worker_settings import LEARNING_RATE, SHAPES, Settings
+from experiments.bench.sizes import by_size
+from experiments.bench.worker_settings import LEARNING_RATE, Settings
 from experiments.models.llama import Llama, LlamaConfig
 
 QUERY_VALUE = r"layers/attn/(query|value)/kernel"
@@ -27,19 +29,7 @@ EVERY_LINEAR = r"layers/(attn|mlp)/\w+/kernel"
 
 def config_of(settings: Settings) -> LlamaConfig:
     """Return the decoder's configuration."""
-    s = SHAPES[settings.shape]
-    return LlamaConfig(
-        vocab_size=s["vocabulary"],
-        layers=s["layers"],
-        dim=s["dim"],
-        heads=s["heads"],
-        kv_heads=s["kv_heads"],
-        head_dim=s["dim"] // s["heads"],
-        ffn_dim=s["ffn"],
-        max_positions=settings.length,
-        tied=s["tied"],
-        dtype=jnp.dtype(settings.dtype),
-    )
+    return dataclasses.replace(by_size(settings.shape), dtype=jnp.dtype(settings.dtype))
 
 
 def next_token_loss(config: LlamaConfig) -> Callable[..., jax.Array]:

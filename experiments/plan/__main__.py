@@ -34,13 +34,14 @@ EXIT_WRONG_INPUT, EXIT_TOO_LARGE = 1, 5
 
 def main(arguments: Sequence[str]) -> int:
     """Plan what the flags say; return the exit status."""
+    from experiments.bench.sizes import by_size
     from experiments.plan import program, report, topology
 
     try:
         planned = program.plan(
             _CONFIG.value,
             topology.devices(_TOPOLOGY.value),
-            shape=program.by_size(_SHAPE.value) if _SHAPE.value else None,
+            shape=by_size(_SHAPE.value) if _SHAPE.value else None,
             answers=_ANSWERS.value or None,
             limit=_MEMORY.value * 1e9 or None,
         )

@@ -14,7 +14,6 @@ from ml_collections import config_dict
 
 import lorax
 from experiments import models
-from experiments.bench.worker_settings import SHAPES
 from experiments.models.llama import LlamaConfig
 from experiments.plan import chips, hlo
 from experiments.training import devices, recipes, settings, step, update
@@ -112,22 +111,6 @@ def plan(
     temporaries = memory.temp_size_in_bytes
     costs = hlo.costs(compiled.as_text())
     return Plan(**parts, **about, temporaries=temporaries, peak=held + temporaries, costs=costs)
-
-
-def by_size(name: str) -> LlamaConfig:
-    """Returns a decoder by its name in `experiments.bench.worker_settings.SHAPES`."""
-    sizes = SHAPES[name]
-    return LlamaConfig(
-        vocab_size=sizes["vocabulary"],
-        layers=sizes["layers"],
-        dim=sizes["dim"],
-        heads=sizes["heads"],
-        kv_heads=sizes["kv_heads"],
-        head_dim=sizes["dim"] // sizes["heads"],
-        ffn_dim=sizes["ffn"],
-        max_positions=2**17,
-        tied=sizes["tied"],
-    )
 
 
 class Program:

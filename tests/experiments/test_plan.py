@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.bench.sizes import by_size
 from experiments.plan import hlo, program, report
 from experiments.training import settings
 from tests.experiments.finetune_tiny import ROOT
@@ -134,7 +135,7 @@ def configured(**changes) -> settings.config_dict.ConfigDict:
 
 
 def test_a_plan_of_what_is_held():
-    shape = program.by_size("tiny")
+    shape = by_size("tiny")
     planned = program.plan(configured(), jax.devices(), shape=shape)
     weights = 2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 2 * 128 * 32 + 32
     assert planned.base == 4 * weights
@@ -151,7 +152,7 @@ def test_a_plan_of_what_is_held():
 
 
 def test_a_plan_says_what_to_change():
-    planned = program.plan(configured(), jax.devices(), shape=program.by_size("tiny"), limit=1e5)
+    planned = program.plan(configured(), jax.devices(), shape=by_size("tiny"), limit=1e5)
     assert planned.fits is False
     said = report.text(planned, configured())
     assert "it does not fit" in said and "config.model.remat=full" in said and "config.train.accumulate=2" in said
@@ -176,6 +177,7 @@ def test_the_command_plans_and_refuses():
 MEASURE = """
 import re, sys
 import jax, numpy as np
+from experiments.bench.sizes import by_size
 from experiments.plan import program
 from experiments.training import settings
 def peak():
@@ -185,7 +187,7 @@ def now():
 config = settings.defaults()
 config.data.row_tokens, config.train.rows = 512, 16
 from experiments.training import devices
-p = program.Program(config, devices.mesh(config.mesh), program.by_size("32m"))
+p = program.Program(config, devices.mesh(config.mesh), by_size("32m"))
 step = p.lower().compile()
 memory = step.memory_analysis()
 held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
