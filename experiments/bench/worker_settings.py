@@ -2,14 +2,23 @@
 
 import dataclasses
 
-# Sizes of decoders of the Llama family: the one of this repository's other benchmarks, SmolLM2-135M's, Llama 3.2 1B's
-# and Llama 3.1 8B's.
+_OF_LLAMA = {"vocabulary": 32000, "tied": False}
+_OF_LLAMA_3 = {"vocabulary": 128256, "tied": False}
+# Sizes of decoders of the Llama family: the one of this repository's other benchmarks, SmolLM2-135M's, those of Llama
+# (Touvron et al. 2023, arXiv:2302.13971), of Llama 3.1 (8b, 70b, 405b) and of Llama 3.2 (1b, 3b).
 SHAPES = {
     "tiny": {"layers": 2, "dim": 32, "heads": 4, "kv_heads": 2, "ffn": 64, "vocabulary": 128, "tied": False},
     "32m": {"layers": 8, "dim": 512, "heads": 8, "kv_heads": 4, "ffn": 1408, "vocabulary": 8192, "tied": False},
     "135m": {"layers": 30, "dim": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "vocabulary": 49152, "tied": True},
     "1b": {"layers": 16, "dim": 2048, "heads": 32, "kv_heads": 8, "ffn": 8192, "vocabulary": 128256, "tied": True},
-    "8b": {"layers": 32, "dim": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "vocabulary": 128256, "tied": False},
+    "3b": {"layers": 28, "dim": 3072, "heads": 24, "kv_heads": 8, "ffn": 8192, "vocabulary": 128256, "tied": True},
+    "8b": {"layers": 32, "dim": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, **_OF_LLAMA_3},
+    "70b": {"layers": 80, "dim": 8192, "heads": 64, "kv_heads": 8, "ffn": 28672, **_OF_LLAMA_3},
+    "405b": {"layers": 126, "dim": 16384, "heads": 128, "kv_heads": 8, "ffn": 53248, **_OF_LLAMA_3},
+    "llama-7b": {"layers": 32, "dim": 4096, "heads": 32, "kv_heads": 32, "ffn": 11008, **_OF_LLAMA},
+    "llama-13b": {"layers": 40, "dim": 5120, "heads": 40, "kv_heads": 40, "ffn": 13824, **_OF_LLAMA},
+    "llama-33b": {"layers": 60, "dim": 6656, "heads": 52, "kv_heads": 52, "ffn": 17920, **_OF_LLAMA},
+    "llama-65b": {"layers": 80, "dim": 8192, "heads": 64, "kv_heads": 64, "ffn": 22016, **_OF_LLAMA},
 }
 LEARNING_RATE = 1e-4
 

@@ -1,7 +1,7 @@
 """What a compiled program does, read from its text (`compiled.as_text()`): products, bytes moved, collectives.
 
-XLA's own analysis counts the body of a loop once; here it counts as often as the loop runs. What it takes to be a
-loop's trip count is what XLA notes (`known_trip_count`), else the constant that the loop's condition compares with.
+XLA's own analysis counts the body of a loop once; here it counts as often as the loop runs: as XLA notes it
+(`known_trip_count`), else from the constants that the loop's counter starts at, ends at and is stepped by.
 """
 
 import collections
@@ -32,6 +32,8 @@ _FREE = {
     ),
     *("send", "send-done", "recv", "recv-done", "add-dependency", "get-dimension-size", "iota"),
 }
+# Instructions of which a slice takes the slice alone, where both are in one kernel.
+_ELEMENT_BY_ELEMENT = {"bitcast", "get-tuple-element", "copy", "convert", "transpose", "reshape"}
 COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
@@ -172,8 +174,8 @@ class _Program:
             inner = is_fused or instruction.opcode == "fusion"
             called = [name for name in instruction.called if name in self.computations]
             if instruction.opcode == "while":
-                times_inside = times * self._trips(instruction)
-                called = [name for name in called if name != instruction.attribute(r"condition=%?([\w.-]+)")]
+                times_inside = times * self._trips(instruction, defined)
+                called = [name for name in called if name != _condition_and_body(instruction)[0]]
             else:
                 times_inside = times
             if instruction.opcode == "conditional":  # the branch that does most
@@ -185,37 +187,49 @@ class _Program:
         runs = self._runs(computation, 1.0, True)
         return sum(times * _flops(instruction, defined) for instruction, defined, times, _ in runs)
 
-    def _trips(self, loop: Instruction) -> float:
+    def _trips(self, loop: Instruction, defined: Mapping[str, Instruction]) -> float:
         noted = loop.attribute(r'known_trip_count"?:\{"?n"?:"?(\d+)')
-        if noted is not None:
-            return float(noted)
-        condition = self.computations.get(loop.attribute(r"condition=%?([\w.-]+)") or "", {})
-        compared = [i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.rest]
-        constants = [
-            int(found[1])
-            for instruction in compared
-            for name in instruction.operands
-            if name in condition and (found := re.match(r"(\d+)\)", condition[name].rest))
-        ]
-        if len(constants) == 1:
-            return float(constants[0])
-        self.unknown_loops.append(loop.name)
-        return 1.0
+        trips = float(noted) if noted is not None else self._counted(loop, defined)
+        if trips is None:
+            self.unknown_loops.append(loop.name)
+        return 1.0 if trips is None else trips
+
+    def _counted(self, loop: Instruction, defined: Mapping[str, Instruction]) -> float | None:
+        """How often a loop runs that counts from a constant in steps of one up to another; None: it is not of these."""
+        condition, body = (self.computations.get(name, {}) for name in _condition_and_body(loop))
+        compared = next((i for i in condition.values() if i.is_root and "direction=LT" in i.rest), None)
+        if compared is None or compared.opcode != "compare":
+            return None
+        limit = _constant(condition, compared.operands[1])
+        counter = condition.get(compared.operands[0])
+        place = counter and counter.attribute(r"index=(\d+)")
+        last = next((i for i in body.values() if i.is_root and i.opcode == "tuple"), None)
+        first = defined.get(loop.operands[0])
+        if limit is None or place is None or last is None or first is None or first.opcode != "tuple":
+            return None
+        start = _constant(defined, first.operands[int(place)])
+        added = body.get(last.operands[int(place)])
+        steps = [_constant(body, name) for name in added.operands] if added and added.opcode == "add" else []
+        step = next((step for step in steps if step), None)
+        return None if start is None or step is None else math.ceil((limit - start) / step)
 
     def _moved(self, instruction: Instruction, defined: Mapping[str, Instruction]) -> float:
         """Bytes of main memory that a kernel reads and writes."""
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
             return 0.0
-        if opcode == "copy-start":  # its result is a tuple of both ends
-            return sum(_main_bytes(defined[name]) for name in instruction.operands if name in defined)
+        if opcode == "copy-start":  # its result names both ends
+            return sum(a.bytes for a in instruction.result[:2] if a.is_in_main_memory)
+        if opcode.endswith("slice-start"):  # its result names what it slices, and the slice
+            source, part = instruction.result[:2]
+            return part.bytes * (source.is_in_main_memory + part.is_in_main_memory)
         if opcode == "fusion" and instruction.called and instruction.called[0] in self.computations:
             inside = self.computations[instruction.called[0]]
-            reads = sum(
-                min(_main_bytes(defined[name]), self._read(inside, i)) if _main_bytes(defined[name]) else 0.0
-                for i, name in enumerate(instruction.operands)
-                if name in defined
-            )
+            reads = 0.0
+            for i, name in enumerate(instruction.operands):
+                held = _main_bytes(defined[name]) if name in defined else 0.0
+                used = self._read(inside, i) if held else 0.0
+                reads += held if used is None else min(held, used)
             return reads + self._written(inside, instruction)
         written = _main_bytes(instruction)
         if opcode in ("dynamic-slice", "gather", "slice"):
@@ -224,14 +238,19 @@ class _Program:
             return 2 * _main_bytes(defined[instruction.operands[1 if opcode == "dynamic-update-slice" else -1]])
         return written + sum(_main_bytes(defined[name]) for name in instruction.operands if name in defined)
 
-    def _read(self, inside: Mapping[str, Instruction], number: int) -> float:
-        """Bytes that a fused kernel reads of an operand: of a stack that it slices, the slices."""
+    def _read(self, inside: Mapping[str, Instruction], number: int) -> float | None:
+        """Bytes that a fused kernel reads of an operand: of a stack that it slices, the slices.
+
+        None: it hands the operand on, so that what reads the result decides.
+        """
         parameter = next(
             (i for i in inside.values() if i.opcode == "parameter" and i.rest.startswith(f"{number})")), None
         )
         return 0.0 if parameter is None else self._used(inside, parameter)
 
-    def _used(self, inside: Mapping[str, Instruction], source: Instruction) -> float:
+    def _used(self, inside: Mapping[str, Instruction], source: Instruction) -> float | None:
+        if source.is_root:
+            return None
         total, whole = 0.0, sum(a.bytes for a in source.result)
         for user in inside.values():
             for place, name in enumerate(user.operands):
@@ -241,10 +260,13 @@ class _Program:
                     total += sum(a.bytes for a in user.result)
                 elif user.opcode == "dynamic-update-slice" and place == 0:
                     continue
-                elif user.opcode in ("bitcast", "get-tuple-element"):
-                    total += self._used(inside, user)
-                elif user.opcode == "fusion" and user.called and user.called[0] in self.computations:
-                    total += self._read(self.computations[user.called[0]], place)
+                elif user.opcode in _ELEMENT_BY_ELEMENT or user.opcode == "fusion":
+                    inner = self.computations.get(user.called[0]) if user.opcode == "fusion" else None
+                    used = None if inner is None else self._read(inner, place)
+                    used = self._used(inside, user) if used is None else used
+                    if used is None:
+                        return None
+                    total += used
                 else:
                     return whole
         return min(total, whole)
@@ -265,6 +287,19 @@ class _Program:
             else:
                 total += array.bytes if array.is_in_main_memory else 0.0
         return total
+
+
+def _condition_and_body(loop: Instruction) -> tuple[str, str]:
+    return loop.attribute(r"condition=%?([\w.-]+)") or "", loop.attribute(r"body=%?([\w.-]+)") or ""
+
+
+def _constant(defined: Mapping[str, Instruction], name: str) -> int | None:
+    """The integer that an instruction is, or a copy of one."""
+    found = defined.get(name)
+    while found is not None and found.opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done"):
+        found = defined.get(found.operands[0])
+    number = re.match(r"(-?\d+)\)", found.rest) if found is not None and found.opcode == "constant" else None
+    return int(number[1]) if number else None
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:

@@ -18,7 +18,11 @@ from experiments.models.llama import LlamaConfig
 from experiments.plan import chips, hlo
 from experiments.training import devices, recipes, settings, step, update
 
-_TOO_LARGE = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# What the TPU's compiler says where a program does not fit: what it takes, and what there is.
+_TOO_LARGE = re.compile(
+    r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"
+    r"|HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -103,8 +107,8 @@ def plan(
         found = _TOO_LARGE.search(str(error))
         if found is None:
             raise
-        peak = float(found[1]) * _UNITS[found[2]]
-        limit = float(found[3]) * _UNITS[found[4]]
+        size, unit, of, of_unit = (group for group in found.groups() if group is not None)
+        peak, limit = float(size) * _UNITS[unit], float(of) * _UNITS[of_unit]
         return Plan(**parts, **{**about, "limit": limit}, temporaries=peak - sum(parts.values()), peak=peak, costs=None)
     memory: Any = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -14,7 +14,10 @@ _NO_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
 }
-EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:16x16"
+_WANTED = (
+    "wanted local, or v5e:AxB, v6e:AxB or v5p:AxBxC, such as v5e:1x1, v5e:2x4, v5p:2x2x1 or v6e:16x16: chips along the "
+    "sides of a slice, which are 1, or even, and up to 16"
+)
 
 
 def devices(name: str) -> Sequence[jax.Device]:
@@ -38,6 +41,10 @@ def devices(name: str) -> Sequence[jax.Device]:
     for key, value in _NO_TPU.items():
         os.environ.setdefault(key, value)
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        # A host has up to four chips, two by two.
+        sides = [int(side) for side in name.partition(":")[2].split("x")]
+        host = [min(side, most) for side, most in zip((*sides, 1)[:3], (2, 2, 1), strict=True)]
+        described = topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=host)
+        return described.devices
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"--topology={name}: wanted local or such as {EXAMPLES}. {error}") from error
+        raise ValueError(f"--topology={name}: {_WANTED}. {error}") from error

@@ -49,7 +49,9 @@ HloModule batched, is_scheduled=true
   %y = bf16[8,128,16]{2,1,0:T(8,128)(2,1)S(1)} constant({...})
   %conv = bf16[8,64,128]{2,1,0:T(8,128)(2,1)} convolution(%x, %y), window={size=8 stride=7 lhs_dilate=8}, \
 dim_labels=0bf_0oi->0bf
-  ROOT %out = (s32[], bf16[8,16]{1,0:T(8,128)(2,1)S(1)}) tuple(%i, %p)
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  ROOT %out = (s32[], bf16[8,16]{1,0:T(8,128)(2,1)S(1)}) tuple(%next, %p)
 }
 
 ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
@@ -99,13 +101,23 @@ def test_a_loop_over_a_stack_reads_it_once():
 def test_a_tpu_product_with_batch_axes_counts_without_its_padding():
     costs = hlo.costs(TPU_PRODUCT)
     assert costs.flops == 6 * 2 * 8 * 64 * 128 * 16
-    assert costs.bytes == 6 * 2 * (8 * 64 * 128 + 8 * 64 * 16)  # what lies in the vector memory is not counted
+    counter = 3 * 4
+    # what lies in the vector memory is not counted
+    assert costs.bytes == 6 * (2 * (8 * 64 * 128 + 8 * 64 * 16) + counter)
     assert not costs.unknown_loops
 
 
-def test_a_loop_without_a_known_count_is_named():
-    text = TPU_PRODUCT.replace("constant(6)", "custom-call(%i)")
-    assert hlo.costs(text).unknown_loops == ("loop",)
+@pytest.mark.parametrize("line", ["constant(6)", "add(%i, %one)", "constant(0)"])
+def test_a_loop_without_a_known_count_is_named(line):
+    costs = hlo.costs(TPU_PRODUCT.replace(line, "custom-call(%i)"))
+    assert costs.unknown_loops == ("loop",)
+    assert costs.flops == hlo.costs(TPU_PRODUCT).flops / 6
+
+
+@pytest.mark.parametrize(("start", "step", "times"), [(0, 2, 3), (2, 1, 4), (1, 2, 3), (6, 1, 0)])
+def test_a_loop_counts_from_its_start_in_its_steps(start, step, times):
+    text = TPU_PRODUCT.replace("constant(0)", f"constant({start})").replace("constant(1)", f"constant({step})")
+    assert hlo.costs(text).flops == times * hlo.costs(TPU_PRODUCT).flops / 6
 
 
 def test_text_of_no_program_is_refused():
