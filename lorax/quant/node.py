@@ -11,6 +11,7 @@ import math
 from typing import Any, ClassVar
 
 import jax
+import jax.experimental.layout
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -178,7 +179,11 @@ def _dequantize(node: Quantized) -> jax.Array:
 
 
 def _decode(node: Quantized) -> jax.Array:
-    values = node.format.decode(node.children).astype(node.dtype)
+    # As they lie in memory: a TPU's compiler prefers another layout to unpack from, and for a stack that a loop goes
+    # through it would make a second copy of all of it in front of the loop.
+    rows = jax.experimental.layout.Layout(tuple(range(node.codes.ndim)))
+    codes = jax.experimental.layout.with_layout_constraint(node.codes, rows)
+    values = node.format.decode({**node.children, "codes": codes}).astype(node.dtype)
     stack, order = node.stack, (*node.rows, *node.columns)
     if node.is_flat:
         values = values.reshape(*stack, -1)[..., : math.prod(node.slice_shape)]
