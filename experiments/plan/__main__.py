@@ -11,9 +11,13 @@ It prints, for each device, the bytes of what is held and what a step needs besi
 memory that are moved, and the collectives, all as often as loops run them. The times are what the chip's published
 peaks allow: no step is faster than the longest of them, and one without any overlap takes their sum.
 
+`--search=N` compiles up to N programs with other settings, each a small change of the best so far, and prints those of
+which no other is both smaller and faster; times are those without overlap.
+
 Exit status: 0 if it fits or that is not known; 1 for wrong settings; 5 if it does not fit.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +32,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", "local", "the devices: local, or TPU
 _SHAPE = flags.DEFINE_enum("shape", None, list(SHAPES), "the model by its size, instead of config.model.source")
 _ANSWERS = flags.DEFINE_integer("answers", 0, "tokens of a row that bear loss; 0: all")
 _MEMORY = flags.DEFINE_float("memory", 0, "memory of a device in GB (10^9 bytes); 0: what its maker publishes")
+_SEARCH = flags.DEFINE_integer("search", 0, "programs to compile at most, in search of settings that fit or are faster")
 
 EXIT_WRONG_INPUT, EXIT_TOO_LARGE = 1, 5
 
@@ -35,21 +40,25 @@ EXIT_WRONG_INPUT, EXIT_TOO_LARGE = 1, 5
 def main(arguments: Sequence[str]) -> int:
     """Plan what the flags say; return the exit status."""
     from experiments.bench.sizes import by_size
-    from experiments.plan import program, report, topology
+    from experiments.plan import program, report, search, topology
 
     try:
-        planned = program.plan(
-            _CONFIG.value,
-            topology.devices(_TOPOLOGY.value),
+        on = topology.devices(_TOPOLOGY.value)
+        plan_of = functools.partial(
+            program.plan,
+            on=on,
             shape=by_size(_SHAPE.value) if _SHAPE.value else None,
             answers=_ANSWERS.value or None,
             limit=_MEMORY.value * 1e9 or None,
         )
+        tried = search.search(_CONFIG.value, on, plan_of, most=max(1, _SEARCH.value))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
-    print(report.text(planned, _CONFIG.value))
-    return EXIT_TOO_LARGE if planned.fits is False else 0
+    print(report.text(tried[0].plan, _CONFIG.value))
+    if _SEARCH.value:
+        print(report.found(tried))
+    return EXIT_TOO_LARGE if tried[0].plan.fits is False else 0
 
 
 if __name__ == "__main__":

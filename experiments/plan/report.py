@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from ml_collections import config_dict
 
+from experiments.plan import search
 from experiments.plan.program import Plan
 
 
@@ -35,6 +36,21 @@ def _lines(plan: Plan, config: config_dict.ConfigDict) -> Iterator[str]:
         yield from (f"  {line}" for line in advice(plan, config))
     elif plan.fits:
         yield "it fits"
+
+
+def found(tried: list[search.Tried]) -> str:
+    """Return what a search found, for people: its frontier, with what differs from what was asked for."""
+    first, best = tried[0], search.frontier(tried)
+    lines = [
+        f"{len(tried)} compiled, {sum(t.plan.fits is False for t in tried)} of them too large; no other of them is"
+    ]
+    lines += ["smaller and faster than these:", f"  {'peak':>12}  {'a step':>12}  settings"]
+    for one in best:
+        changed = [f"--config.{name}={value}" for name, value in one.settings.items() if first.settings[name] != value]
+        speed = f"{one.cost * 1e3:.3g} ms" if one.plan.seconds is not None else f"{one.cost / 1e12:.3g} TFLOP"
+        lines.append(f"  {_bytes(one.plan.peak):>12}  {speed:>12}  {' '.join(changed) or 'as asked for'}")
+    smallest = min(tried, key=lambda t: t.plan.peak)
+    return "\n".join(lines) if best else f"none of {len(tried)} fits; the smallest takes {_bytes(smallest.plan.peak)}"
 
 
 def advice(plan: Plan, config: config_dict.ConfigDict) -> list[str]:

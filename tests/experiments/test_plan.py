@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.bench.sizes import by_size
-from experiments.plan import hlo, program, report
+from experiments.plan import hlo, program, report, search
 from experiments.training import settings
 from tests.experiments.finetune_tiny import ROOT
 
@@ -184,6 +184,29 @@ def test_the_command_plans_and_refuses():
     assert done.returncode == 5 and "it does not fit" in done.stdout
     done = run("--shape=tiny", "--config.train.rows=3", "--config.train.accumulate=2")
     assert done.returncode == 1 and "config.train.accumulate" in done.stderr
+
+
+def test_a_search_finds_settings_that_fit():
+    asked = configured()
+    plan_of = lambda config: program.plan(config, jax.devices(), shape=by_size("tiny"), limit=1.2e6)
+    assert plan_of(asked).fits is False
+    tried = search.search(asked, jax.devices(), plan_of, most=6)
+    assert len(tried) == 6 and asked == configured()
+    best = search.frontier(tried)
+    assert best and all(one.plan.fits for one in best)
+    for one in best:  # what was tried is what a plan with these settings says
+        assert one.plan == plan_of(configured(**one.settings))
+        assert not any(t.plan.peak < one.plan.peak and t.cost < one.cost for t in tried if t.plan.fits)
+    said = report.found(tried)
+    assert all(
+        f"--config.{name}={value}" in said for name, value in best[0].settings.items() if name == "train.accumulate"
+    )
+
+
+def test_a_search_in_vain_says_so():
+    plan_of = lambda config: program.plan(config, jax.devices(), shape=by_size("tiny"), limit=1e5)
+    said = report.found(search.search(configured(), jax.devices(), plan_of, most=2))
+    assert re.match(r"none of 2 fits; the smallest takes [\d.]+ (kB|MB)", said)
 
 
 MEASURE = """
