@@ -31,7 +31,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="file with the s
 _TOPOLOGY = flags.DEFINE_string("topology", "local", "the devices: local, or TPUs such as v5e:4x4")
 _SHAPE = flags.DEFINE_enum("shape", None, list(SHAPES), "the model by its size, instead of config.model.source")
 _ANSWERS = flags.DEFINE_integer("answers", 0, "tokens of a row that bear loss; 0: all")
-_MEMORY = flags.DEFINE_float("memory", 0, "memory of a device in GB (10^9 bytes); 0: what its maker publishes")
+_MEMORY = flags.DEFINE_float("memory", 0, "memory of a device in GB (10^9 bytes); 0: what a program may use there")
 _SEARCH = flags.DEFINE_integer("search", 0, "programs to compile at most, in search of settings that fit or are faster")
 
 EXIT_WRONG_INPUT, EXIT_TOO_LARGE = 1, 5

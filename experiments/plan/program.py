@@ -88,7 +88,7 @@ def plan(
         on: the devices, of `topology.devices`.
         shape: the model, if not that of `config.model.source`.
         answers: loss positions of a row; none: every token bears loss, which is the most there can be.
-        limit: memory of a device in bytes; none: what its maker publishes.
+        limit: memory of a device in bytes; none: that of `chips.CHIPS`.
 
     Raises:
         ValueError: for settings that cannot be.

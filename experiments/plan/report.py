@@ -46,7 +46,7 @@ def found(tried: list[search.Tried]) -> str:
     ]
     lines += ["smaller and faster than these:", f"  {'peak':>12}  {'a step':>12}  settings"]
     for one in best:
-        changed = [f"--config.{name}={value}" for name, value in one.settings.items() if first.settings[name] != value]
+        changed = [f"--config.{name}={value}" for name, value in one.choice.items() if first.choice[name] != value]
         speed = f"{one.cost * 1e3:.3g} ms" if one.plan.seconds is not None else f"{one.cost / 1e12:.3g} TFLOP"
         lines.append(f"  {_bytes(one.plan.peak):>12}  {speed:>12}  {' '.join(changed) or 'as asked for'}")
     smallest = min(tried, key=lambda t: t.plan.peak)

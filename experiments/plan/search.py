@@ -10,20 +10,20 @@ from ml_collections import config_dict
 
 from experiments.models import partition
 from experiments.plan.program import Plan
-from experiments.training import devices
+from experiments.training import devices, settings
 
 # What is tried, by the names of the settings; a change of quantisation alone also changes what is learned.
 _SETTINGS = ("model.remat", "train.accumulate", "train.loss_chunk", "model.quantize")
 _MESH = tuple(f"mesh.{axis}" for axis in partition.AXES)
 
-Settings = dict[str, Any]
+Choice = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tried:
-    """A plan, and the settings of those tried that are its own."""
+    """A plan, and what was chosen for it: {dotted name of a setting: value}."""
 
-    settings: Settings
+    choice: Choice
     plan: Plan
 
     @property
@@ -63,26 +63,26 @@ def search(
     Raises:
         ValueError: if the settings that were asked for cannot be.
     """
-    sizes = devices.mesh(config.mesh, on).shape
-    start = {name: _get(config, name) for name in _SETTINGS} | {f"mesh.{axis}": sizes[axis] for axis in partition.AXES}
-    tried = [Tried(settings=start, plan=plan_of(config))]
+    asked, sizes = settings.dotted(config), devices.mesh(config.mesh, on).shape
+    start = {name: asked[name] for name in _SETTINGS} | {f"mesh.{axis}": sizes[axis] for axis in partition.AXES}
+    tried = [Tried(choice=start, plan=plan_of(config))]
     known = [start]
-    waiting = [(tried[0], settings) for settings in _neighbours(start)]
+    waiting = [(tried[0], neighbour) for neighbour in _neighbours(start)]
     while waiting and len(tried) < most:
-        parent, settings = min(waiting, key=lambda pair: pair[0].order)
-        waiting.remove((parent, settings))
-        if settings in known:
+        parent, choice = min(waiting, key=lambda pair: pair[0].order)
+        waiting.remove((parent, choice))
+        if choice in known:
             continue
-        known.append(settings)
+        known.append(choice)
         other = config.copy_and_resolve_references()
-        other.update_from_flattened_dict(settings)
+        other.update_from_flattened_dict(choice)
         try:
             plan = plan_of(other)
         except ValueError:  # such as rows that do not divide over this mesh
             continue
-        tried.append(Tried(settings=settings, plan=plan))
+        tried.append(Tried(choice=choice, plan=plan))
         print(f"{len(tried)} of at most {most} compiled", file=sys.stderr)
-        waiting += [(tried[-1], neighbour) for neighbour in _neighbours(settings)]
+        waiting += [(tried[-1], neighbour) for neighbour in _neighbours(choice)]
     return tried
 
 
@@ -95,21 +95,16 @@ def frontier(tried: Sequence[Tried]) -> list[Tried]:
     return found
 
 
-def _neighbours(settings: Settings) -> Iterator[Settings]:
-    yield settings | {"model.remat": "none" if settings["model.remat"] == "full" else "full"}
-    yield settings | {"train.accumulate": 2 * settings["train.accumulate"]}
-    if settings["train.accumulate"] % 2 == 0:
-        yield settings | {"train.accumulate": settings["train.accumulate"] // 2}
-    if not settings["train.loss_chunk"]:
-        yield settings | {"train.loss_chunk": 512}
+def _neighbours(choice: Choice) -> Iterator[Choice]:
+    yield choice | {"model.remat": "none" if choice["model.remat"] == "full" else "full"}
+    yield choice | {"train.accumulate": 2 * choice["train.accumulate"]}
+    if choice["train.accumulate"] % 2 == 0:
+        yield choice | {"train.accumulate": choice["train.accumulate"] // 2}
+    if not choice["train.loss_chunk"]:
+        yield choice | {"train.loss_chunk": 512}
     for source in _MESH:
         for target in _MESH:
-            if source != target and settings[source] % 2 == 0:
-                yield settings | {source: settings[source] // 2, target: settings[target] * 2}
-    if settings["model.quantize"] == "none":
-        yield settings | {"model.quantize": "nf4"}
-
-
-def _get(config: config_dict.ConfigDict, name: str) -> Any:
-    section, _, last = name.partition(".")
-    return config[section][last]
+            if source != target and choice[source] % 2 == 0:
+                yield choice | {source: choice[source] // 2, target: choice[target] * 2}
+    if choice["model.quantize"] == "none":
+        yield choice | {"model.quantize": "nf4"}
